@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,10 @@ class Gemma2Config:
     bos_token_id: int = 2
 
     def __post_init__(self) -> None:
-        if not self.layer_types and isinstance(self.num_hidden_layers, int):
+        if self.layer_types in ((), []) and isinstance(self.num_hidden_layers, int):
             object.__setattr__(self, "layer_types", alternating_layer_types(self.num_hidden_layers))
+        if not isinstance(self.layer_types, list | tuple):
+            raise ConfigError(f"layer_types must be a list with one name for each layer, but is {self.layer_types!r}")
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
         self._validate()
 
@@ -147,7 +149,8 @@ class Gemma2Config:
     @property
     def query_scale(self) -> float:
         """What queries are multiplied with: query_pre_attn_scalar ** -0.5."""
-        return float(self.query_pre_attn_scalar) ** -0.5
+        scale: float = float(self.query_pre_attn_scalar) ** -0.5
+        return scale
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -223,16 +226,20 @@ class Gemma2Config:
             if field.name in values:
                 fields[field.name] = values[field.name]
             elif field.default is dataclasses.MISSING:
-                raise ConfigError(f"{source}: the key {field.name!r} is missing; it has no default, as it differs by size")
+                raise ConfigError(
+                    f"{source}: the key {field.name!r} is missing; it has no default, as it differs by size"
+                )
         # transformers 4 wrote rope_theta at the top, transformers 5 inside rope_parameters.
         rope = values.get("rope_parameters")
         if isinstance(rope, Mapping) and "rope_theta" in rope:
             fields["rope_theta"] = rope["rope_theta"]
-        if "hidden_act" in values and "hidden_activation" not in values:
-            # Early published files carry only hidden_act "gelu"; the weights were trained with the tanh form
-            # (Hugging Face's config falls back to gelu_pytorch_tanh for the same reason).
-            if values["hidden_act"] not in ("gelu", "gelu_pytorch_tanh"):
-                raise ConfigError(f"{source}: hidden_act must be gelu_pytorch_tanh, but is {values['hidden_act']!r}")
+        if fields.get("hidden_activation", "") is None:
+            del fields["hidden_activation"]
+        # Early published files carry only hidden_act "gelu"; the weights were trained with the tanh form
+        # (Hugging Face's config falls back to gelu_pytorch_tanh for the same reason).
+        hidden_act = values.get("hidden_act")
+        if "hidden_activation" not in fields and hidden_act not in (None, "gelu", "gelu_pytorch_tanh"):
+            raise ConfigError(f"{source}: hidden_act must be gelu_pytorch_tanh, but is {hidden_act!r}")
         if isinstance(fields.get("eos_token_id"), list):
             # Instruction-tuned folders list every stop token; the first is <eos>, the others come back at generation.
             eos = fields["eos_token_id"]
@@ -242,7 +249,8 @@ class Gemma2Config:
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             if fields.get(name, 0) is None:
                 del fields[name]
-        fields["layer_types"] = tuple(fields.get("layer_types") or ())
+        if fields.get("layer_types", ()) is None:
+            del fields["layer_types"]
         try:
             return cls(**fields)
         except ConfigError as error:
@@ -269,7 +277,7 @@ class Gemma2Config:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             raise ConfigError(f"{path}: is not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must hold one JSON object, but holds a {type(values).__name__}")
@@ -305,7 +313,8 @@ class Gemma2Config:
 
 
 def _is_positive_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    # Compared with a bound and not passed to math.isfinite, which fails for whole numbers that no float can hold.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _refuse_unsupported(values: Mapping[str, Any], source: str) -> None:
@@ -315,9 +324,17 @@ def _refuse_unsupported(values: Mapping[str, Any], source: str) -> None:
     if values.get("tie_word_embeddings", True) is False:
         raise ConfigError(f"{source}: tie_word_embeddings is false, but Gemma 2's head is its embedding")
     for key in ("rope_scaling", "rope_parameters"):
-        scaling = values.get(key)
-        if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        rope = values.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{source}: {key} must be an object or null, but is {rope!r}")
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ConfigError(f"{source}: {key} asks for scaled RoPE, but Gemma 2 uses RoPE unscaled")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(f"{source}: {key} turns a part of each head, but Gemma 2's RoPE turns all of it")
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            raise ConfigError(f"{source}: {key} differs by layer type, but Gemma 2 has one RoPE for all layers")
     if values.get("use_bidirectional_attention"):
         raise ConfigError(f"{source}: use_bidirectional_attention is true, but Gemma 2's attention is causal")
 

@@ -1,0 +1,197 @@
+"""`gemma2 VERB …`: finds the verb, runs it, and turns a user's mistake into one line and a non-zero exit.
+
+A verb is the module `gemma2.cli.VERB` with two functions:
+
+    add_arguments(parser)      declares its arguments; imports nothing heavy, since --help calls it
+    run(args) -> int           does the work and returns the exit status; imports what it needs
+
+Exit statuses: 0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted, 141 the reader of a pipe left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn, Protocol, TextIO, cast
+
+from gemma2 import __version__
+from gemma2.errors import Gemma2Error, MissingDependencyError, nearest_name
+
+VERBS: Final = {
+    "generate": "continue a text",
+    "chat": "talk with a model in the terminal",
+    "inspect": "show a model's architecture, layers, parameters and files",
+    "plan": "say how much memory running or training takes, and whether it fits this machine",
+    "pull": "download a model from the Hugging Face Hub",
+    "pretrain": "train a model from scratch, from a file of settings",
+}
+"""Each verb and its line in --help."""
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141
+
+# Which extra brings a library that running does not need.
+_EXTRAS: Final = {"torch": "torch", "pydantic": "train", "yaml": "train", "matplotlib": "train", "zstandard": "train"}
+
+
+class Verb(Protocol):
+    """What a verb's module offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the verb's arguments."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Does the work and returns the exit status."""
+        ...
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line each and name the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses like argparse, but refuses what is left over here, where the known options are at hand."""
+        parsed, left_over = super().parse_known_args(args, namespace)
+        if left_over:
+            first = left_over[0]
+            if first.startswith("-"):
+                name = first.partition("=")[0]
+                options = [option for action in self._actions for option in action.option_strings]
+                self.error(f"there is no option {name}.{nearest_name(name, options)}")
+            self.error(f"one argument too many: {first!r}; a text with spaces needs quotes around it")
+        return parsed, left_over
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line.
+
+    Args:
+        argv: the arguments after the program's name; left out, those of this process.
+
+    Returns:
+        The exit status. `--help`, `--version` and mistakes in the arguments raise `SystemExit`, as argparse does.
+    """
+    _replace_unprintable_characters()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("GEMMA2_DEBUG", "") not in ("", "0")
+    try:
+        try:
+            status = _dispatch(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _drop_unwritten_output()
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if isinstance(error, OSError):
+            _drop_unwritten_output()
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"gemma2: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _make_top_parser()
+    position = next((index for index, argument in enumerate(arguments) if not argument.startswith("-")), None)
+    parser.parse_args(arguments[:position])
+    if position is None:
+        parser.print_help()
+        return 0
+    name = arguments[position]
+    if name not in VERBS:
+        hint = nearest_name(name, VERBS) or f" The verbs are {', '.join(VERBS)}."
+        print(f"gemma2: error: there is no verb {name!r}.{hint}", file=sys.stderr)
+        return EXIT_USAGE
+    verb = cast(Verb, importlib.import_module(f"gemma2.cli.{name}"))
+    verb_parser = ArgumentParser(
+        prog=f"gemma2 {name}",
+        description=f"{VERBS[name][0].upper()}{VERBS[name][1:]}.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(verb_parser)
+    _add_debug_option(verb_parser)
+    return verb.run(verb_parser.parse_args(arguments[position + 1 :]))
+
+
+def _make_top_parser() -> ArgumentParser:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {line}" for name, line in VERBS.items())
+    parser = ArgumentParser(
+        prog="gemma2",
+        usage="gemma2 VERB [options]",
+        description="Gemma 2: run it, adapt it, train it, understand it.",
+        epilog=f"verbs:\n{verbs}\n\ngemma2 VERB --help shows the options of a verb.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gemma2 {__version__}")
+    _add_debug_option(parser)
+    return parser
+
+
+def _add_debug_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (also: GEMMA2_DEBUG=1)")
+
+
+def _one_line(error: Exception) -> str:
+    """What an exception says to a user, without line breaks."""
+    if isinstance(error, ModuleNotFoundError):
+        error = _missing_dependency(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, Gemma2Error):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # PyTorch's allocators raise RuntimeError: "… can't allocate memory …" on a CPU, "CUDA out of memory …" on a GPU.
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return "the memory does not suffice; `gemma2 plan` says what a model, a context and a batch need"
+    return f"{type(error).__name__}: {text}. This is a defect of gemma2; --debug shows where, to report it"
+
+
+def _missing_dependency(error: ModuleNotFoundError) -> MissingDependencyError:
+    name = (error.name or "").partition(".")[0]
+    if name == "gemma2":
+        return MissingDependencyError(f"{error.name} is missing; install gemma2 anew")
+    extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
+    return MissingDependencyError(f"this needs {name}, which is not installed: pip install 'gemma2{extra}'")
+
+
+def _replace_unprintable_characters() -> None:
+    """Lets a terminal that knows only ASCII or Latin-1 show ? where it has no character, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def _drop_unwritten_output() -> None:
+    """Points standard output to nothing, or Python would try once more to write it at exit, and complain."""
+    stream: TextIO | None = sys.stdout
+    try:
+        descriptor = stream.fileno() if stream is not None else None
+    except (OSError, ValueError):  # not a file, as under a test's capture
+        return
+    if descriptor is not None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, descriptor)
+        os.close(nothing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

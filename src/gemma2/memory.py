@@ -1,0 +1,290 @@
+"""How many bytes a Gemma 2 takes: to keep, to run and to train. Pure arithmetic on the config; nothing is measured.
+
+Letters in formulas: D width, I MLP width, H head size, N query heads, K key/value heads, V vocabulary rows, B
+sequences, L tokens of each, C tokens of one prefill chunk, S keys that a query meets, W window.
+
+What is not covered: the interpreter and its libraries (about 0.4 GiB with PyTorch), the allocator's slack, and the
+scratch of matrix-product libraries. So a figure here is a floor; leave a tenth more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from gemma2.config import Gemma2Config
+from gemma2.errors import ConfigError, nearest_name
+
+GROUP_SIZE: Final = 64
+"""Weights that share one scale in q8 and q4."""
+SCALE_BYTES: Final = 2
+"""A scale is a float16."""
+WEIGHT_FORMATS: Final[Mapping[str, float]] = {"float32": 32, "bfloat16": 16, "q8": 8.25, "q4": 4.25}
+"""Bits per weight of a matrix whose width is a multiple of `GROUP_SIZE`: q8 is 8 + 16 / 64, q4 is 4 + 16 / 64."""
+KV_FORMATS: Final = ("float32", "bfloat16", "int8")
+ADAPTABLE_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps of a layer, which are what LoRA adapts."""
+
+QUERY_BLOCK: Final = 256
+"""Queries whose scores exist at once; attention takes long inputs in blocks of so many."""
+LOSS_CHUNK_LOGITS: Final = 1 << 23
+"""Logits that exist at once in training; the loss is computed in chunks of so many."""
+
+
+def layer_matrices(config: Gemma2Config) -> dict[str, tuple[int, int]]:
+    """Names the linear maps of one layer, each with (outputs, inputs)."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (queries, config.hidden_size),
+        "k_proj": (keys, config.hidden_size),
+        "v_proj": (keys, config.hidden_size),
+        "o_proj": (config.hidden_size, queries),
+        "gate_proj": (config.intermediate_size, config.hidden_size),
+        "up_proj": (config.intermediate_size, config.hidden_size),
+        "down_proj": (config.hidden_size, config.intermediate_size),
+    }
+
+
+def weight_bytes(config: Gemma2Config, weight_format: str) -> int:
+    """Size of all weights, the tied embedding once, in bytes.
+
+    Matrices take the format's bits; the norms, a ten-thousandth of all, stay float32 where matrices are quantized.
+
+    Args:
+        config: the architecture.
+        weight_format: one of `WEIGHT_FORMATS`. In q8 and q4, each `GROUP_SIZE` neighbours of a row share a float16
+            scale; the embedding, which is the head, is quantized too.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if weight_format not in WEIGHT_FORMATS:
+        raise ConfigError(
+            f"there is no weight format {weight_format!r}; they are {', '.join(WEIGHT_FORMATS)}."
+            + nearest_name(weight_format, WEIGHT_FORMATS)
+        )
+    if weight_format in ("float32", "bfloat16"):
+        return config.count_parameters().total * (4 if weight_format == "float32" else 2)
+    value_bits = 8 if weight_format == "q8" else 4
+    layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in layer_matrices(config).values())
+    embedding = _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=value_bits)
+    norms = (4 * config.num_hidden_layers + 1) * config.hidden_size * 4
+    return embedding + config.num_hidden_layers * layer + norms
+
+
+def _quantized_bytes(num_rows: int, num_columns: int, *, value_bits: int) -> int:
+    num_groups = -(-num_columns // GROUP_SIZE)
+    return num_rows * num_groups * (GROUP_SIZE * value_bits // 8 + SCALE_BYTES)
+
+
+def kv_cache_bytes(config: Gemma2Config, num_tokens: int, *, kv_format: str = "bfloat16", bounded: bool = True) -> int:
+    """Size of the KV cache of one sequence: 2 · K · H values for each token and layer.
+
+    Args:
+        config: the architecture.
+        num_tokens: length of the sequence.
+        kv_format: one of `KV_FORMATS`; int8 adds one float16 scale for each key and each value vector of a head.
+        bounded: whether local layers keep only the last W tokens.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if kv_format not in KV_FORMATS:
+        raise ConfigError(f"there is no KV format {kv_format!r}; they are {', '.join(KV_FORMATS)}")
+    bytes_per_value = {"float32": 4, "bfloat16": 2, "int8": 1}[kv_format]
+    num_bytes = config.kv_cache_bytes(num_tokens, bytes_per_value=bytes_per_value, bounded=bounded)
+    if kv_format == "int8":
+        num_vectors = num_bytes // config.head_dim
+        num_bytes += num_vectors * SCALE_BYTES
+    return num_bytes
+
+
+def logits_bytes(config: Gemma2Config, num_rows: int) -> int:
+    """Size of logits in float32: 4 · V for each row. One row a sequence is enough to generate."""
+    return 4 * config.vocab_size * num_rows
+
+
+def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, bytes_per_value: int = 2) -> int:
+    """Peak of the activations while a chunk of a prompt goes through a layer, weights and cache not counted.
+
+        residual and normed input    2 · C · D
+        the larger of
+          MLP                        3 · C · I            gate, up and their product
+          attention                  C · (2N + 2K) · H    q, k, v and the output, and in float32:
+                                     3 · N · min(C, 256) · S scores, and K · S · H keys
+
+    Args:
+        config: the architecture.
+        chunk_tokens: C, tokens that go through the model at once.
+        num_keys: S, tokens of the sequence so far, the chunk included.
+        bytes_per_value: 2 for bf16.
+    """
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    stream = 2 * chunk_tokens * config.hidden_size * bytes_per_value
+    mlp = 3 * chunk_tokens * config.intermediate_size * bytes_per_value
+    scores = 3 * config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys * 4
+    attention = chunk_tokens * 2 * (queries + keys) * bytes_per_value + scores + keys * num_keys * 4
+    return stream + max(mlp, attention)
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """What a training step holds at its peak, each in bytes."""
+
+    weights: int
+    """What the forward pass multiplies with."""
+    master_weights: int
+    """Float32 copy of what is trained, which the optimizer moves by steps too small for bf16."""
+    gradients: int
+    optimizer: int
+    """AdamW's two moments, float32."""
+    activations: int
+    """What the backward pass needs of the forward pass."""
+    loss: int
+    """A chunk of logits with its gradient and, where the embedding is trained, the head's part of its gradient."""
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.weights + self.master_weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+def full_training(config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool) -> TrainingMemory:
+    """Training of every weight with AdamW in mixed precision: 16 bytes a parameter, and what a batch adds.
+
+    bf16 weights and gradients (2 + 2), float32 master weights and two float32 moments (4 + 4 + 4).
+
+    Args:
+        config: the architecture.
+        batch_size: B, sequences that go through at once (not those that gradients are accumulated over).
+        length: L, tokens of each.
+        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+    """
+    count = config.count_parameters().total
+    embedding = config.count_parameters().embedding
+    return TrainingMemory(
+        weights=2 * count,
+        master_weights=4 * count,
+        gradients=2 * count,
+        optimizer=8 * count,
+        activations=activation_bytes(config, batch_size=batch_size, length=length, checkpointing=checkpointing),
+        loss=_loss_bytes() + 4 * embedding,
+    )
+
+
+def adapter_training(
+    config: Gemma2Config,
+    *,
+    rank: int,
+    modules: Iterable[str] = ADAPTABLE_MODULES,
+    weight_format: str = "bfloat16",
+    batch_size: int,
+    length: int,
+    checkpointing: bool,
+) -> TrainingMemory:
+    """Training of LoRA adapters on frozen weights, or of QLoRA if those are quantized.
+
+    Adapters are float32 with float32 gradients and moments: 16 bytes a parameter. Quantized matrices are multiplied
+    from a bf16 copy of one matrix at a time, which is counted with the weights.
+
+    Args:
+        config: the architecture.
+        rank: r, width of the adapters.
+        modules: which linear maps get one; some of `ADAPTABLE_MODULES`.
+        weight_format: of the frozen weights; one of `WEIGHT_FORMATS`.
+        batch_size: B, sequences that go through at once.
+        length: L, tokens of each.
+        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+
+    Raises:
+        ConfigError: there is no such format or module, or the rank is below 1.
+    """
+    modules = tuple(modules)
+    count = adapter_parameters(config, rank=rank, modules=modules)
+    weights = weight_bytes(config, weight_format)
+    if weight_format in ("q8", "q4"):
+        weights += 2 * max(outputs * inputs for outputs, inputs in layer_matrices(config).values())
+    activations = activation_bytes(config, batch_size=batch_size, length=length, checkpointing=checkpointing)
+    num_layers = 1 if checkpointing else config.num_hidden_layers
+    activations += 2 * rank * len(modules) * num_layers * batch_size * length
+    return TrainingMemory(
+        weights=weights,
+        master_weights=4 * count,
+        gradients=4 * count,
+        optimizer=8 * count,
+        activations=activations,
+        loss=_loss_bytes(),
+    )
+
+
+def adapter_parameters(config: Gemma2Config, *, rank: int, modules: Iterable[str] = ADAPTABLE_MODULES) -> int:
+    """Counts the parameters of LoRA adapters: r · (inputs + outputs) for each adapted map of each layer.
+
+    Raises:
+        ConfigError: there is no such module, or the rank is below 1.
+    """
+    if rank < 1:
+        raise ConfigError(f"the rank of an adapter must be at least 1, but is {rank}")
+    matrices = layer_matrices(config)
+    per_layer = 0
+    for module in dict.fromkeys(modules):
+        if module not in matrices:
+            raise ConfigError(
+                f"there is no linear map {module!r} in a layer; they are {', '.join(ADAPTABLE_MODULES)}."
+                + nearest_name(module, ADAPTABLE_MODULES)
+            )
+        per_layer += rank * sum(matrices[module])
+    return config.num_hidden_layers * per_layer
+
+
+def activation_bytes(config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool) -> int:
+    """What the backward pass keeps of the forward pass, in bf16 with norms, RoPE and scores in float32.
+
+    For each token and layer, in bytes:
+
+        norms         36 · D               four inputs and their normed values in float32, two outputs in bf16
+        attention     6 · N·H + 6 · K·H    q and k in float32 (scaled scores), v and the output in bf16
+        scores        10 · N · keys met    tanh and softmax in float32, weights in bf16
+        MLP           8 · I                gate, its GELU, up, and their product
+
+    A query block meets the keys that some of its queries can see: in a global layer those before it and its own, in
+    a local one W more than its own at most. With checkpointing each layer keeps its input, 2 · D a token, and the
+    layer that is being computed again keeps the above.
+
+    Args:
+        config: the architecture.
+        batch_size: B, sequences that go through at once.
+        length: L, tokens of each.
+        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+    """
+    layers = [
+        _layer_activation_bytes(config, length, local=config.is_local(i)) for i in range(config.num_hidden_layers)
+    ]
+    # The last norm, its output (kept by the loss) and the gradient that the loss forms for it.
+    outside = 12 * config.hidden_size * length
+    if checkpointing:
+        return batch_size * (2 * config.hidden_size * length * config.num_hidden_layers + max(layers) + outside)
+    return batch_size * (sum(layers) + outside)
+
+
+def _layer_activation_bytes(config: Gemma2Config, length: int, *, local: bool) -> int:
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    per_token = 36 * config.hidden_size + 6 * queries + 6 * keys + 8 * config.intermediate_size
+    num_scores = 0
+    for first_query in range(0, length, QUERY_BLOCK):
+        last_query = min(first_query + QUERY_BLOCK, length)
+        first_key = max(0, first_query - config.sliding_window + 1) if local else 0
+        num_scores += (last_query - first_query) * (last_query - first_key)
+    return length * per_token + 10 * config.num_attention_heads * num_scores
+
+
+def _loss_bytes() -> int:
+    # Logits and their gradient in float32, one more for the cap's derivative, and the gradient in bf16.
+    return LOSS_CHUNK_LOGITS * (3 * 4 + 2)
