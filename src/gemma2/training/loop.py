@@ -1,0 +1,251 @@
+"""The one training loop: batches through an objective into an optimizer, with logs, validation and checkpoints.
+
+It knows neither what is minimized (an `Objective`) nor what was done to the model before (adapters and the like are
+applied outside). A run that is killed at any moment and started again from its last checkpoint ends with the same
+weights, bit for bit, on the same machine and number of threads: parameters, optimizer and the loader's position are
+restored, and nothing else has a state.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gemma2.data import PackedBatch, ValidationSet
+from gemma2.errors import DataError
+from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.objectives import Batch, Objective
+from gemma2.training.optimizer import learning_rate_at, make_optimizer
+from gemma2.training.run_log import RunLog, plot_losses
+from gemma2.training.run_state import save_run_state
+from gemma2.training.settings import OptimizerSettings, RunSettings
+
+
+class Loader(Protocol):
+    """Batches with a position that can be saved: `PackedLoader` or `Prefetcher`."""
+
+    def __iter__(self) -> Iterator[PackedBatch]: ...
+    def __next__(self) -> PackedBatch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Progress(Protocol):
+    """Who shows a person how far the run is."""
+
+    def on_step(self, step: int, num_steps: int, loss: float, tokens_per_second: float) -> None: ...
+    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None: ...
+    def on_checkpoint(self, path: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    """Loss on a fixed set of text."""
+
+    loss: float
+    """Mean, in nats per token."""
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token of this tokenizer."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def validate(
+    model: Gemma2ForCausalLM, objective: Objective, validation: ValidationSet, *, device: torch.device
+) -> ValidationResult:
+    """Measures the model on a fixed set of batches."""
+    model.eval()
+    total = 0.0
+    for packed in validation.batches:
+        total += float(objective(model, Batch.on_device(packed, device)))
+    model.train()
+    return ValidationResult(
+        loss=total / validation.num_tokens, bits_per_byte=total / math.log(2) / validation.num_bytes
+    )
+
+
+class Trainer:
+    """One run of the loop.
+
+    Args:
+        model: to be trained, in place; float32 on its device. Only parameters that require gradients are trained.
+        objective: what is minimized.
+        loader: batches of `run.batch_size` rows.
+        validation: what to validate on, or None.
+        run: how long, and what is written when.
+        optimizer: AdamW and its learning rate.
+        folder: where log.jsonl, loss.png and checkpoints/ go.
+        progress: is told of each step.
+        fingerprint: settings that a resumed run must share, kept in each checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Gemma2ForCausalLM,
+        objective: Objective,
+        loader: Loader,
+        validation: ValidationSet | None,
+        run: RunSettings,
+        optimizer: OptimizerSettings,
+        folder: Path,
+        progress: Progress,
+        fingerprint: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.loader = loader
+        self.validation = validation
+        self.run_settings = run
+        self.optimizer_settings = optimizer
+        self.optimizer = make_optimizer(model, optimizer)
+        self.folder = folder
+        self.progress = progress
+        self.fingerprint = fingerprint
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.tokens_seen = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: tensors, numbers, strings and lists only."""
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "seconds": self.seconds,
+            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "loader": _to_tensors(self.loader.state_dict()),
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state_dict` was taken."""
+        with torch.no_grad():
+            parameters = dict(self.model.named_parameters())
+            assert parameters.keys() == state["model"].keys()
+            for name, value in state["model"].items():
+                parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(_from_tensors(state["loader"]))
+        self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
+
+    def train(self, *, should_stop: Callable[[], bool] = lambda: False) -> ValidationResult | None:
+        """Runs until `run.num_steps`, and returns the last validation.
+
+        Args:
+            should_stop: asked after each step; if it says so, a checkpoint is written and the run ends early.
+
+        Raises:
+            DataError: the loss is no longer a finite number, or the data ends early.
+        """
+        run = self.run_settings
+        log = RunLog(self.folder / "log.jsonl", last_step=self.step)
+        self.model.train()
+        result: ValidationResult | None = None
+        self._began, self._seconds_before = time.monotonic(), self.seconds
+        since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
+        while self.step < run.num_steps:
+            loss, num_tokens, grad_norm, rate = self._one_step()
+            since_log_losses.append(loss)
+            since_log_tokens += num_tokens
+            is_last = self.step == run.num_steps
+            stopping = should_stop()
+            if self.step % run.log_every == 0 or is_last or stopping:
+                elapsed = time.monotonic() - since_log_time
+                mean_loss = sum(since_log_losses) / len(since_log_losses)
+                speed = since_log_tokens / max(elapsed, 1e-9)
+                log.write(
+                    event="step",
+                    step=self.step,
+                    tokens=self.tokens_seen,
+                    loss=round(mean_loss, 5),
+                    learning_rate=rate,
+                    grad_norm=round(grad_norm, 4),
+                    tokens_per_second=round(speed, 1),
+                    seconds=round(self._total_seconds(), 1),
+                )
+                self.progress.on_step(self.step, run.num_steps, mean_loss, speed)
+                since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
+            if self.validation is not None and (self.step % run.validate_every == 0 or is_last):
+                result = validate(self.model, self.objective, self.validation, device=self.device)
+                log.write(
+                    event="validation",
+                    step=self.step,
+                    tokens=self.tokens_seen,
+                    loss=round(result.loss, 5),
+                    perplexity=round(result.perplexity, 3),
+                    bits_per_byte=round(result.bits_per_byte, 5),
+                )
+                self.progress.on_validation(self.step, result.loss, result.bits_per_byte)
+                since_log_time = time.monotonic()
+            if self.step % run.checkpoint_every == 0 or is_last or stopping:
+                self.seconds = self._total_seconds()
+                path = save_run_state(
+                    self.folder / "checkpoints", self.step, self.state_dict(), to_keep=run.checkpoints_to_keep
+                )
+                plot_losses(log.entries, self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
+                self.progress.on_checkpoint(path)
+            if stopping:
+                break
+        self.seconds = self._total_seconds()
+        return result
+
+    def _total_seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _one_step(self) -> tuple[float, int, float, float]:
+        """One optimizer step; returns its mean loss, its number of labels, the gradient's norm and the rate."""
+        try:
+            packed = next(self.loader)
+        except StopIteration:
+            raise DataError(
+                f"the data ended at step {self.step} of {self.run_settings.num_steps}; give more data, more epochs or fewer steps"
+            ) from None
+        batch = Batch.on_device(packed, self.device)
+        num_tokens = max(1, packed.num_tokens)
+        num_rows = batch.input_ids.shape[0]
+        micro = self.run_settings.micro_batch_size or num_rows
+        total = torch.zeros((), device=self.device)
+        for first in range(0, num_rows, micro):
+            loss_sum = self.objective(self.model, batch.rows(first, first + micro))
+            (loss_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+            total += loss_sum.detach()
+        loss = float(total) / num_tokens
+        if not math.isfinite(loss):
+            raise DataError(
+                f"the loss became {loss} at step {self.step}: lower learning_rate, or look at the data; "
+                f"the last checkpoint is in {self.folder / 'checkpoints'}"
+            )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        max_norm = self.optimizer_settings.max_grad_norm
+        grad_norm: Tensor = torch.nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
+        rate = learning_rate_at(self.step, self.run_settings.num_steps, self.optimizer_settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens_seen += num_tokens
+        return loss, num_tokens, float(grad_norm), rate
+
+
+def _to_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Arrays to tensors, since a checkpoint is read without running any code of numpy's unpickling."""
+    import numpy as np
+
+    return {key: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for key, v in state.items()}
+
+
+def _from_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: v.numpy() if isinstance(v, Tensor) else v for key, v in state.items()}

@@ -1,0 +1,235 @@
+"""`gemma2 pretrain`: text files to a folder with a tokenizer and a Gemma 2, trained from scratch.
+
+The run's folder holds, in the order in which they come: settings.yaml, tokenizer/, checkpoints/, log.jsonl, loss.png,
+and at the end model/, a Hugging Face folder. Called again with the same settings it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gemma2.checkpoints import save_checkpoint
+from gemma2.data import PackedLoader, Prefetcher, expand_files, iter_documents, tokenize_for_validation
+from gemma2.errors import ConfigError
+from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.text import Tokenizer, train_tokenizer
+from gemma2.training.loop import Progress, Trainer
+from gemma2.training.objectives import next_token_objective
+from gemma2.training.run_state import list_run_states, load_run_state
+from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
+
+SAMPLE_PIECE_CHARACTERS = 20_000
+"""A tokenizer's sample is drawn in pieces of a few pages, so that every book can be in it."""
+
+_FREE_TO_CHANGE = {
+    "output": None,
+    "run": ("log_every", "validate_every", "checkpoint_every", "checkpoints_to_keep", "save_dtype", "num_threads", "device"),
+}
+"""Settings that a resumed run need not share, since the weights do not depend on them."""
+
+
+def pretrain(
+    settings: PretrainSettings,
+    *,
+    progress: Progress,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
+    """Trains, or goes on training, and returns the model's folder; None if it was stopped before the end.
+
+    Args:
+        settings: what to train, on what, for how long.
+        progress: is told of steps, validations and checkpoints.
+        say: is given a line for each stage.
+        should_stop: asked after each step.
+
+    Raises:
+        ConfigError: the output folder holds a run with other settings, or the device is not there.
+        DataError: the data cannot be read.
+        CheckpointError: a checkpoint cannot be read or written.
+    """
+    run = settings.run
+    device = _device(run.device)
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    output = settings.output
+    fingerprint = _fingerprint(settings)
+    states = list_run_states(output / "checkpoints")
+    _prepare_folder(settings, fingerprint)
+    files = expand_files(settings.data.train)
+    tokenizer_folder = _tokenizer(settings.tokenizer, settings.data, files, output / "tokenizer", run.seed, say)
+    tokenizer = Tokenizer.from_folder(tokenizer_folder)
+    config = settings.gemma2_config(tokenizer.vocab_size)
+    if run.sequence_length > config.max_position_embeddings:
+        raise ConfigError(
+            f"run.sequence_length ({run.sequence_length}) must not pass model.max_position_embeddings "
+            f"({config.max_position_embeddings})"
+        )
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_bos=False)
+
+    model = Gemma2ForCausalLM(config, device="meta").to_empty(device=device)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.initialize(torch.Generator(device=device).manual_seed(run.seed))
+    count = config.count_parameters()
+    say(f"model: {count.total:,} parameters, {count.embedding:,} of them in the embedding; on {device}")
+    validation = None
+    if settings.data.validation:
+        validation = tokenize_for_validation(
+            settings.data.validation,
+            encode,
+            sequence_length=run.sequence_length,
+            batch_size=run.micro_batch_size or run.batch_size,
+            max_tokens=settings.data.validation_max_tokens,
+            text_key=settings.data.text_key,
+            newlines="keep",
+        )
+        say(f"validation: {validation.num_tokens:,} tokens, {validation.num_bytes:,} bytes")
+    loader = Prefetcher(
+        PackedLoader(
+            files,
+            encode,
+            sequence_length=run.sequence_length,
+            batch_size=run.batch_size,
+            shuffle_buffer=settings.data.shuffle_buffer,
+            seed=run.seed,
+            text_key=settings.data.text_key,
+            newlines=settings.data.newlines,
+            on_error=settings.data.on_error,
+        )
+    )
+    dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+    with loader:
+        trainer = Trainer(
+            model=model,
+            objective=next_token_objective(compute_dtype=dtype, compiled=run.compile),
+            loader=loader,
+            validation=validation,
+            run=run,
+            optimizer=settings.optimizer,
+            folder=output,
+            progress=progress,
+            fingerprint=fingerprint,
+        )
+        if states:
+            state = load_run_state(states[-1])
+            _refuse_other_settings(output, state["fingerprint"], fingerprint)
+            trainer.load_state_dict(state)
+            say(f"resumed from {states[-1].name}: step {trainer.step}, {trainer.tokens_seen:,} tokens seen")
+        result = trainer.train(should_stop=should_stop)
+    if trainer.step < run.num_steps:
+        return None
+    if result is not None:
+        say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
+    from gemma2.model.loading import state_arrays
+
+    folder = output / "model"
+    save_checkpoint(
+        folder,
+        config,
+        state_arrays(model),
+        dtype=run.save_dtype,
+        tokenizer_files=sorted(tokenizer_folder.glob("tokenizer*")),
+        overwrite=True,
+    )
+    return folder
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, but is {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"run.device is {name!r}, but this machine has no CUDA device that torch can use")
+    return device
+
+
+def _prepare_folder(settings: PretrainSettings, fingerprint: dict[str, Any]) -> None:
+    output = settings.output
+    written = output / "settings.yaml"
+    if written.exists():
+        before = PretrainSettings.model_validate(yaml.safe_load(written.read_text(encoding="utf-8")))
+        _refuse_other_settings(output, _fingerprint(before), fingerprint)
+    output.mkdir(parents=True, exist_ok=True)
+    beside = output / "settings.yaml.partial"
+    beside.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    beside.replace(written)
+
+
+def _fingerprint(settings: PretrainSettings) -> dict[str, Any]:
+    values = settings.model_dump(mode="json")
+    for section, names in _FREE_TO_CHANGE.items():
+        if names is None:
+            del values[section]
+        else:
+            for name in names:
+                del values[section][name]
+    return values
+
+
+def _refuse_other_settings(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differences = [
+        f"{section}.{name}: {before.get(section, {}).get(name)!r} then, {now[section].get(name)!r} now"
+        for section in now
+        for name in sorted({*now[section], *before.get(section, {})})
+        if before.get(section, {}).get(name) != now[section].get(name)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{output} holds a run with other settings ({'; '.join(differences)}); "
+            f"put them back to resume it, or give another output folder"
+        )
+
+
+def _tokenizer(
+    settings: TokenizerSettings,
+    data: DataSettings,
+    files: list[Path],
+    folder: Path,
+    seed: int,
+    say: Callable[[str], None],
+) -> Path:
+    """The folder of the tokenizer to use; trains one if there is none yet."""
+    if settings.folder is not None:
+        return settings.folder
+    if folder.exists():
+        return folder
+    say(f"tokenizer: training {settings.vocab_size:,} pieces on {settings.sample_bytes / 1e6:.0f} MB of text")
+    beside = folder.with_name("tokenizer.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    train_tokenizer(
+        _sample_texts(files, data, settings.sample_bytes, seed), vocab_size=settings.vocab_size, folder=beside
+    )
+    beside.replace(folder)
+    return folder
+
+
+def _sample_texts(files: list[Path], data: DataSettings, sample_bytes: int, seed: int) -> Iterator[str]:
+    """A uniform sample of pieces of all documents (reservoir sampling), in the order of the documents."""
+    num_pieces = max(1, sample_bytes // SAMPLE_PIECE_CHARACTERS)
+    draw = random.Random(seed)
+    kept: list[tuple[int, str]] = []
+    count = 0
+    for document in iter_documents(files, text_key=data.text_key, newlines=data.newlines, on_error=data.on_error):
+        for first in range(0, len(document.text), SAMPLE_PIECE_CHARACTERS):
+            piece = document.text[first : first + SAMPLE_PIECE_CHARACTERS]
+            if len(kept) < num_pieces:
+                kept.append((count, piece))
+            else:
+                place = draw.randrange(count + 1)
+                if place < num_pieces:
+                    kept[place] = (count, piece)
+            count += 1
+    for _, piece in sorted(kept):
+        yield piece

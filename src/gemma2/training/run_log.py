@@ -1,0 +1,79 @@
+"""The record of a run: `log.jsonl`, one JSON object a line, and `loss.png`, drawn from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Appends to a JSONL file. Each line is written whole and at once.
+
+    Args:
+        path: the file.
+        last_step: a resumed run gives the step it resumes from; later lines of the killed run are dropped, since
+            those steps are done again.
+    """
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the last line of a run that was killed while it wrote
+                if isinstance(entry, dict) and entry.get("step", 0) <= last_step:
+                    self.entries.append(entry)
+        beside = path.with_name(path.name + ".partial")
+        beside.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
+        beside.replace(path)
+
+    def write(self, **values: Any) -> None:
+        """Adds one line."""
+        self.entries.append(values)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws training and validation loss over tokens, and the learning rate below, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in entries if entry.get("event") == "step"]
+    validations = [entry for entry in entries if entry.get("event") == "validation"]
+    if not steps:
+        return
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    tokens = [entry["tokens"] / 1e6 for entry in steps]
+    loss_axes.plot(tokens, [entry["loss"] for entry in steps], color="#9db8d9", linewidth=0.8, label="training")
+    if validations:
+        loss_axes.plot(
+            [entry["tokens"] / 1e6 for entry in validations],
+            [entry["loss"] for entry in validations],
+            color="#c0392b",
+            marker="o",
+            markersize=3,
+            label=f"validation (last: {validations[-1]['bits_per_byte']:.3f} bits per byte)",
+        )
+    loss_axes.set_ylabel("loss, nats per token")
+    lowest = min(entry["loss"] for entry in steps + validations)
+    loss_axes.set_ylim(lowest - 0.2, min(lowest + 4, max(entry["loss"] for entry in steps) + 0.2))
+    loss_axes.set_title(title)
+    loss_axes.grid(alpha=0.3)
+    loss_axes.legend(frameon=False)
+    rate_axes.plot(tokens, [entry["learning_rate"] for entry in steps], color="#555555", linewidth=1)
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_xlabel("million tokens")
+    rate_axes.grid(alpha=0.3)
+    beside = path.with_name("." + path.name)
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
