@@ -42,8 +42,8 @@ def expand_files(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
-    if not patterns:
-        raise DataError("training data needs at least one file, but the list of files is empty")
+    if not patterns or "" in patterns:
+        raise DataError("a file, a glob or a folder to read is needed, but the name or the list of names is empty")
     found: dict[Path, None] = {}
     for pattern in patterns:
         found.update(dict.fromkeys(_expand_one(Path(pattern).expanduser())))

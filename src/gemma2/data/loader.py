@@ -24,7 +24,7 @@ from gemma2.data.shuffling import (
     pieces_from_state,
     pieces_to_state,
 )
-from gemma2.data.sources import Newlines, OnError
+from gemma2.data.sources import Newlines, OnError, check_reading
 from gemma2.errors import DataError
 
 _STATE_VERSION: Final = 1
@@ -136,6 +136,7 @@ class PackedLoader(Iterator[PackedBatch]):
             _check_at_least_one(epochs=epochs)
         if not 0 <= seed < 1 << 64:
             raise DataError(f"seed must be from 0 to 2**64 - 1, but is {seed}")
+        check_reading(newlines=newlines, on_error=on_error, rank=rank, world_size=world_size)
         sources = _as_sources(files)
         settings = [
             StreamSettings(

@@ -121,24 +121,25 @@ def pack_row(pool: list[Piece], *, sequence_length: int) -> list[Piece]:
     Returns:
         The pieces of the row, in order.
     """
+    if not pool:
+        return []
     smallest = smallest_piece(sequence_length)
-    row: list[Piece] = []
-    room = sequence_length
-    while pool and room:
-        best = 0 if not row else max(range(len(pool)), key=lambda i: len(pool[i]) if len(pool[i]) <= room else -1)
-        if len(pool[best]) <= room:
-            row.append(pool.pop(best))
-            room -= len(row[-1])
-            continue
-        # All that is left is longer than the room, and both parts of a split need `smallest` tokens.
-        oldest = next((i for i, piece in enumerate(pool) if min(room, len(piece) - smallest) >= smallest), None)
-        if oldest is None:
+    row = [pool.pop(0)]
+    room = sequence_length - len(row[0])
+    lengths = [len(piece) for piece in pool]
+    while best := max((length for length in lengths if length <= room), default=0):
+        index = lengths.index(best)
+        del lengths[index]
+        row.append(pool.pop(index))
+        room -= best
+    # All that is left is longer than the room, and each part of a split needs `smallest` tokens.
+    for index, length in enumerate(lengths):
+        cut = min(room, length - smallest)
+        if cut >= smallest:
+            piece = pool.pop(index)
+            row.append(piece[:cut])
+            pool.append(piece[cut:])
             break
-        piece = pool.pop(oldest)
-        cut = min(room, len(piece) - smallest)
-        row.append(piece[:cut])
-        pool.append(piece[cut:])
-        break
     return row
 
 

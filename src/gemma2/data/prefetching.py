@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 from gemma2.data.loader import LoaderSnapshot, PackedLoader
 from gemma2.data.packing import PackedBatch
 from gemma2.data.shuffling import State
+from gemma2.errors import DataError
 
 _POLL_SECONDS: Final = 0.1
 
@@ -27,16 +29,20 @@ class Prefetcher(Iterator[PackedBatch]):
     Args:
         loader: not to be used by others meanwhile.
         depth: how many batches may wait to be taken.
+
+    Raises:
+        DataError: `depth` is less than 1.
     """
 
     def __init__(self, loader: PackedLoader, *, depth: int = 4) -> None:
         if depth < 1:
-            raise ValueError(f"depth must be at least 1, but is {depth}")
+            raise DataError(f"depth must be at least 1, but is {depth}")
         self._loader = loader
         self._depth = depth
         self._snapshot = loader.snapshot()
         self._queue: queue.Queue[_Item] = queue.Queue(depth)
         self._stop = threading.Event()
+        weakref.finalize(self, self._stop.set)
         self._thread: threading.Thread | None = None
         self._ended: BaseException | None = None
 
@@ -64,8 +70,9 @@ class Prefetcher(Iterator[PackedBatch]):
         if self._ended is not None:
             raise self._ended
         if self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._work, name="gemma2-prefetcher", daemon=True)
+            self._thread = threading.Thread(
+                target=_work, args=(self._loader, self._queue, self._stop), name="gemma2-prefetcher", daemon=True
+            )
             self._thread.start()
         item = self._queue.get()
         if item is None or isinstance(item, BaseException):
@@ -84,14 +91,20 @@ class Prefetcher(Iterator[PackedBatch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As `PackedLoader.load_state_dict`; batches that were prepared ahead are thrown away."""
-        self._halt()
+        self.close()
         self._loader.load_state_dict(state)
         self._snapshot = self._loader.snapshot()
 
     def close(self) -> None:
         """Ends the thread. The loader then stands after the last batch that was taken, so that both can go on."""
-        self._halt()
-        self._loader.restore(self._snapshot)
+        if self._thread is not None:
+            self._stop.set()
+            self._loader.interrupt()
+            self._thread.join()
+            self._stop.clear()
+            self._queue = queue.Queue(self._depth)
+            self._loader.restore(self._snapshot)
+        self._thread, self._ended = None, None
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -101,28 +114,22 @@ class Prefetcher(Iterator[PackedBatch]):
     ) -> None:
         self.close()
 
-    def _halt(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._loader.interrupt()
-            self._thread.join()
-        self._thread, self._ended = None, None
-        self._queue = queue.Queue(self._depth)
 
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            item: _Item
+def _work(loader: PackedLoader, batches: queue.Queue[_Item], stop: threading.Event) -> None:
+    """Runs in the thread. It knows nothing of the `Prefetcher`, so that one which is forgotten can be collected."""
+    while not stop.is_set():
+        item: _Item
+        try:
+            item = (next(loader), loader.snapshot())
+        except StopIteration:
+            item = None
+        except BaseException as error:
+            item = error
+        while not stop.is_set():
             try:
-                item = (next(self._loader), self._loader.snapshot())
-            except StopIteration:
-                item = None
-            except BaseException as error:
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=_POLL_SECONDS)
-                    break
-                except queue.Full:
-                    continue
-            if not isinstance(item, tuple):
-                return
+                batches.put(item, timeout=_POLL_SECONDS)
+                break
+            except queue.Full:
+                continue
+        if not isinstance(item, tuple):
+            return

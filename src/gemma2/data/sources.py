@@ -82,7 +82,7 @@ def iter_documents(
 
     Args:
         files: names, globs or folders, as for `expand_files`.
-        text_key: the key of a JSON object that holds its text.
+        text_key: the key of a JSON object that holds its text; a `.txt` file needs none.
         start: where to begin, from a `Document`; what lies before is decompressed but neither split nor parsed.
         newlines: "keep" leaves them; "lf" turns CRLF and CR into LF; "both" does so for every second document, and for
             the other half in the next epoch, so that a model learns both forms.
@@ -97,10 +97,7 @@ def iter_documents(
         DataError: nothing found; not JSON, key missing, text not a string, broken UTF-8, a truncated or damaged
             compressed file, an empty file; or, whatever `on_error` says, a full pass that yields no document at all.
     """
-    _check_choice("newlines", newlines, get_args(Newlines))
-    _check_choice("on_error", on_error, get_args(OnError))
-    if not 0 <= rank < world_size:
-        raise DataError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, but is {rank}")
+    check_reading(newlines=newlines, on_error=on_error, rank=rank, world_size=world_size)
     paths = expand_files(files)
     return _iter_documents(
         paths,
@@ -113,6 +110,20 @@ def iter_documents(
         world_size=world_size,
         skipped=skipped if skipped is not None else SkipCount(),
     )
+
+
+def check_reading(*, newlines: str, on_error: str, rank: int, world_size: int) -> None:
+    """Checks settings of `iter_documents` before anything is read.
+
+    Raises:
+        DataError: one of them is out of range.
+    """
+    for name, value, choices in (("newlines", newlines, get_args(Newlines)), ("on_error", on_error, get_args(OnError))):
+        if value not in choices:
+            expected = ", ".join(choices)
+            raise DataError(f"{name} must be one of {expected}, but is {value!r}.{nearest_name(value, choices)}")
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, but is {rank}")
 
 
 def to_line_feeds(text: str) -> str:
@@ -236,9 +247,10 @@ def _text_record(stream: BinaryIO, position: Position) -> Iterator[_Record]:
 
 def _json_text(source: str, path: Path, line: int, text_key: str) -> str:
     try:
-        record = json.loads(source)
+        record = json.loads(source.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {line}: not JSON ({error}); one JSON object a line is needed") from None
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{path}, line {line}: not JSON: {reason}; one JSON object a line is needed") from None
     if not isinstance(record, dict):
         raise DataError(f"{path}, line {line}: a JSON object is needed, but the line is a {_json_type(record)}")
     if text_key not in record:
@@ -276,8 +288,3 @@ def _decode(data: bytes, path: Path, line: int) -> str:
 def _json_type(value: object) -> str:
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
     return "null" if value is None else names[type(value)]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise DataError(f"{name} must be one of {', '.join(choices)}, but is {value!r}.{nearest_name(value, choices)}")

@@ -80,6 +80,8 @@ def tokenize_for_validation(
             pieces += _cut(tokens, sequence_length)
         if num_documents == max_documents or num_tokens == max_tokens or covered < len(document.text):
             break
+    if not pieces:
+        raise DataError(f"max_tokens = {max_tokens} has no room for the first character of the text; raise it")
     rows = list(pack_rows(pieces, sequence_length=sequence_length))
     batches = tuple(
         batch_rows(
