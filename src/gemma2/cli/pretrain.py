@@ -138,7 +138,8 @@ class _ProgressBar:
         self._bar.update(self._task, completed=step, loss=loss, speed=tokens_per_second, left=left)  # type: ignore[arg-type]
         if not self._console.is_terminal:
             self._console.print(
-                f"step {step}/{num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  left {left}", highlight=False
+                f"step {step}/{num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tok/s  left {left}",
+                highlight=False,
             )
 
     def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:

@@ -51,7 +51,7 @@ def linear_cross_entropy(
     Returns:
         () the sum, in nats. Divide by the number of labels for the mean.
     """
-    result: Tensor = _LinearCrossEntropy.apply(
+    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_TD, embedding_VD, labels_T, cap, compute_dtype or hidden_TD.dtype, chunk_elements, compiled
     )
     return result

@@ -210,7 +210,7 @@ class Trainer:
             packed = next(self.loader)
         except StopIteration:
             raise DataError(
-                f"the data ended at step {self.step} of {self.run_settings.num_steps}; give more data, more epochs or fewer steps"
+                f"the data ended at step {self.step} of {self.run_settings.num_steps}; give more data or fewer steps"
             ) from None
         batch = Batch.on_device(packed, self.device)
         num_tokens = max(1, packed.num_tokens)

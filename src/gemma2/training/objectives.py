@@ -53,9 +53,7 @@ def next_token_objective(*, compute_dtype: torch.dtype, compiled: bool) -> Objec
 
     def objective(model: Gemma2ForCausalLM, batch: Batch) -> Tensor:
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=compute_dtype == torch.bfloat16):
-            hidden_BLD = model.model(
-                batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
-            )
+            hidden_BLD = model.model(batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         return linear_cross_entropy(
             hidden_BLD.flatten(0, 1),
             model.lm_head.weight,

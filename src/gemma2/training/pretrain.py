@@ -30,7 +30,15 @@ SAMPLE_PIECE_CHARACTERS = 20_000
 
 _FREE_TO_CHANGE = {
     "output": None,
-    "run": ("log_every", "validate_every", "checkpoint_every", "checkpoints_to_keep", "save_dtype", "num_threads", "device"),
+    "run": (
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "checkpoints_to_keep",
+        "save_dtype",
+        "num_threads",
+        "device",
+    ),
 }
 """Settings that a resumed run need not share, since the weights do not depend on them."""
 

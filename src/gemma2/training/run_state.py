@@ -35,7 +35,9 @@ def save_run_state(folder: Path, step: int, state: dict[str, Any], *, to_keep: i
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: the checkpoint cannot be written ({error}); free some space and resume") from error
+        raise CheckpointError(
+            f"{path}: the checkpoint cannot be written ({error}); free some space and resume"
+        ) from error
     for old in list_run_states(folder)[:-to_keep]:
         old.unlink()
     return path
@@ -59,6 +61,7 @@ def load_run_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(
-            f"{path}: the checkpoint cannot be read ({str(error).splitlines()[0]}); remove it to resume from the one before"
+            f"{path}: the checkpoint cannot be read ({str(error).splitlines()[0]}); "
+            f"remove it to resume from the one before"
         ) from error
     return state

@@ -104,8 +104,9 @@ class PretrainSettings(_Section):
     def _known_model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
         known = [name for name in Gemma2Config.__dataclass_fields__ if name != "vocab_size"]
         problems = [
-            f"there is no field {name!r}.{nearest_name(name, known)}" if name != "vocab_size" else
-            "vocab_size is the tokenizer's; set it under tokenizer"
+            f"there is no field {name!r}.{nearest_name(name, known)}"
+            if name != "vocab_size"
+            else "vocab_size is the tokenizer's; set it under tokenizer"
             for name in values
             if name not in known
         ]

@@ -1,0 +1,186 @@
+"""Pretraining end to end: it learns, it resumes exactly, and a run that is killed loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import settings_for
+
+from gemma2.checkpoints import open_checkpoint
+from gemma2.errors import CheckpointError, ConfigError, DataError
+from gemma2.training.pretrain import pretrain
+from gemma2.training.settings import PretrainSettings, load_pretrain_settings
+
+
+class Silent:
+    """A progress that remembers, and can stop the run like a kill would."""
+
+    def __init__(self, die_at: int | None = None) -> None:
+        self.losses: list[float] = []
+        self.die_at = die_at
+
+    def on_step(self, step: int, num_steps: int, loss: float, tokens_per_second: float) -> None:
+        self.losses.append(loss)
+        if step == self.die_at:
+            raise KilledError
+
+    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        pass
+
+    def on_checkpoint(self, path: Path) -> None:
+        pass
+
+
+class KilledError(Exception):
+    pass
+
+
+def _settings(tmp_path: Path, text: str, name: str, *overrides: str) -> PretrainSettings:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(text.replace("{output}", str(tmp_path / name)))
+    return load_pretrain_settings(path, list(overrides))
+
+
+def _run(settings: PretrainSettings, progress: Any = None, **kwargs: Any) -> Path | None:
+    return pretrain(settings, progress=progress or Silent(), say=lambda line: None, **kwargs)
+
+
+def _weights(output: Path) -> bytes:
+    return (output / "model" / "model.safetensors").read_bytes()
+
+
+def test_learns_and_writes_everything(tmp_path: Path, settings_text: str) -> None:
+    progress = Silent()
+    settings = _settings(tmp_path, settings_text, "run", "run.num_steps=60", "run.checkpoint_every=20")
+    folder = _run(settings, progress)
+    assert folder == tmp_path / "run" / "model"
+    assert progress.losses[-1] < 0.6 * progress.losses[0]
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.sliding_window == 8
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    validations = [entry for entry in entries if entry["event"] == "validation"]
+    assert [entry["step"] for entry in validations] == list(range(6, 61, 6))
+    assert validations[-1]["bits_per_byte"] < validations[0]["bits_per_byte"] < 8
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_bits_per_byte_are_nats_over_bytes(tmp_path: Path, settings_text: str, corpus: Path) -> None:
+    """An untrained model says log(vocabulary) nats a token, whatever the text."""
+    settings = _settings(
+        tmp_path, settings_text, "run", "optimizer.learning_rate=1.0e-9", "model.initializer_range=1.0e-4"
+    )
+    _run(settings)
+    (entry, *_) = [
+        entry
+        for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+        if (entry := json.loads(line))["event"] == "validation"
+    ]
+    assert entry["loss"] == pytest.approx(6.328, abs=0.01)  # ln 560
+    assert 1.5 < entry["bits_per_byte"] < 4  # words of this corpus take about four bytes a token
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 7, 11])
+def test_a_run_that_dies_ends_with_the_same_weights(
+    tmp_path: Path, settings_text: str, die_at: int, uninterrupted: bytes
+) -> None:
+    settings = _settings(tmp_path, settings_text, "run")
+    with pytest.raises(KilledError):
+        _run(settings, Silent(die_at))
+    _run(settings)
+    assert _weights(tmp_path / "run") == uninterrupted
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps), "lines of steps that were done again must be gone"
+
+
+def test_gradient_accumulation_changes_rounding_only(tmp_path: Path, settings_text: str) -> None:
+    whole, parts = Silent(), Silent()
+    _run(_settings(tmp_path, settings_text, "whole", "run.num_steps=4"), whole)
+    _run(_settings(tmp_path, settings_text, "parts", "run.num_steps=4", "run.micro_batch_size=1"), parts)
+    assert parts.losses == pytest.approx(whole.losses, abs=2e-5)
+
+
+def test_stopping_writes_a_checkpoint_and_resumes(tmp_path: Path, settings_text: str, uninterrupted: bytes) -> None:
+    settings = _settings(tmp_path, settings_text, "run")
+    asked = iter([False, False, False, False, True])
+    assert _run(settings, should_stop=lambda: next(asked)) is None
+    assert not (tmp_path / "run" / "model").exists()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step-00000005.pt"
+    _run(settings)
+    assert _weights(tmp_path / "run") == uninterrupted
+
+
+def test_killed_with_sigkill_at_any_moment(tmp_path: Path, settings_text: str, uninterrupted: bytes) -> None:
+    """The real program, killed twice at random moments, then left to finish."""
+    settings_file = tmp_path / "run.yaml"
+    settings_file.write_text(settings_text.replace("{output}", str(tmp_path / "run")))
+    command = [sys.executable, "-m", "gemma2", "pretrain", str(settings_file)]
+    log = tmp_path / "run" / "log.jsonl"
+    draw = random.Random(os.getpid())
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        lines_before = len(log.read_text().splitlines()) if log.exists() else 0
+        while process.poll() is None and (
+            not log.exists() or len(log.read_text().splitlines()) < min(lines_before, 6) + 1
+        ):
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert _weights(tmp_path / "run") == uninterrupted
+
+
+def test_other_settings_do_not_resume(tmp_path: Path, settings_text: str) -> None:
+    _run(_settings(tmp_path, settings_text, "run", "run.num_steps=3"))
+    with pytest.raises(ConfigError, match=r"run\.num_steps: 3 then, 5 now"):
+        _run(_settings(tmp_path, settings_text, "run", "run.num_steps=5"))
+
+
+def test_settings_that_change_no_weight_may_change(tmp_path: Path, settings_text: str, uninterrupted: bytes) -> None:
+    with pytest.raises(KilledError):
+        _run(_settings(tmp_path, settings_text, "run"), Silent(5))
+    _run(_settings(tmp_path, settings_text, "run", "run.checkpoint_every=100", "run.validate_every=100"))
+    assert _weights(tmp_path / "run") == uninterrupted
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, settings_text: str) -> None:
+    with pytest.raises(KilledError):
+        _run(_settings(tmp_path, settings_text, "run"), Silent(7))
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=f"{newest.name}.*remove it"):
+        _run(_settings(tmp_path, settings_text, "run"))
+    newest.unlink()
+    assert _run(_settings(tmp_path, settings_text, "run")) is not None
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, settings_text: str) -> None:
+    with pytest.raises(DataError, match=r"lower learning_rate"):
+        _run(
+            _settings(tmp_path, settings_text, "run", "optimizer.learning_rate=1.0e+30", "optimizer.max_grad_norm=null")
+        )
+
+
+def test_sequences_longer_than_the_context_are_refused(tmp_path: Path, settings_text: str) -> None:
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        _run(_settings(tmp_path, settings_text, "run", "run.sequence_length=65"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> bytes:
+    """The weights of a run that nothing disturbed."""
+    tmp_path = tmp_path_factory.mktemp("uninterrupted")
+    _run(_settings(tmp_path, settings_for(corpus), "run"))
+    return _weights(tmp_path / "run")
