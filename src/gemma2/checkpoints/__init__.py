@@ -1,0 +1,25 @@
+"""Models on disk: reading, writing and fetching them, and the one table of tensor names.
+
+A reader yields (Hugging Face name, lazy array); a writer takes (name, array); a converter is the two put together.
+"""
+
+from __future__ import annotations
+
+from gemma2.checkpoints.checkpoint import Checkpoint, LazyTensor
+from gemma2.checkpoints.hub import pull
+from gemma2.checkpoints.layout import TOKENIZER_FILES
+from gemma2.checkpoints.names import expected_tensors
+from gemma2.checkpoints.resolve import resolve_model
+from gemma2.checkpoints.safetensors_reader import open_checkpoint
+from gemma2.checkpoints.safetensors_writer import save_checkpoint
+
+__all__ = [
+    "TOKENIZER_FILES",
+    "Checkpoint",
+    "LazyTensor",
+    "expected_tensors",
+    "open_checkpoint",
+    "pull",
+    "resolve_model",
+    "save_checkpoint",
+]
