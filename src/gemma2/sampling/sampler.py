@@ -67,7 +67,7 @@ class Sampler:
             SamplingError: the logits hold NaN or +inf, or forbid every token.
         """
         assert logits.ndim == 1 and logits.dtype == np.float32, f"logits: {logits.dtype} {logits.shape}"
-        _refuse_unusable(logits)
+        check_logits(logits)
         penalty = self.params.repetition_penalty
         adjusted = logits if penalty == 1.0 else penalize_repetition(logits, seen_token_ids, penalty)
         token_id = int(adjusted.argmax()) if self.params.is_greedy else self._draw(adjusted)
@@ -81,6 +81,27 @@ class Sampler:
         token_ids, weights = candidates(logits, self.params)
         index = _index_at(weights, fraction)
         return index if token_ids is None else int(token_ids[index])
+
+
+def check_logits(logits: npt.NDArray[np.float32]) -> None:
+    """Checks that (V,) float32 logits are a distribution.
+
+    Raises:
+        SamplingError: they hold NaN or +inf, or all are -inf.
+    """
+    largest_logit = float(logits.max())  # NaN if any is NaN
+    if math.isfinite(largest_logit):
+        return
+    if math.isnan(largest_logit):
+        what = f"{int(np.isnan(logits).sum())} of {len(logits)} logits are NaN"
+    elif largest_logit > 0:
+        what = f"{int(np.isposinf(logits).sum())} of {len(logits)} logits are +inf"
+    else:
+        raise SamplingError(f"all {len(logits)} logits are -inf, so no token is allowed; at least one must be")
+    raise SamplingError(
+        f"cannot draw a token: {what}. The weights are damaged, or the arithmetic overflowed: float16 does so in "
+        "Gemma 2's residual stream, use bfloat16 or float32"
+    )
 
 
 def log_normalizer(logits: npt.NDArray[np.float32]) -> float:
@@ -122,19 +143,3 @@ def _first_above(values: npt.NDArray[np.float64], target: float) -> tuple[int, f
     if index == len(values):
         index = int(np.flatnonzero(values)[-1])
     return index, float(running[index - 1]) if index else 0.0
-
-
-def _refuse_unusable(logits: npt.NDArray[np.float32]) -> None:
-    largest_logit = float(logits.max())  # NaN if any is NaN
-    if math.isfinite(largest_logit):
-        return
-    if math.isnan(largest_logit):
-        what = f"{int(np.isnan(logits).sum())} of {len(logits)} logits are NaN"
-    elif largest_logit > 0:
-        what = f"{int(np.isposinf(logits).sum())} of {len(logits)} logits are +inf"
-    else:
-        raise SamplingError(f"all {len(logits)} logits are -inf, so no token is allowed; at least one must be")
-    raise SamplingError(
-        f"cannot draw a token: {what}. The weights are damaged, or the arithmetic overflowed: float16 does so in "
-        "Gemma 2's residual stream, use bfloat16 or float32"
-    )
