@@ -27,7 +27,7 @@ from torch import Tensor
 QUERY_BLOCK = 256
 """Queries per block: scores of 8 heads × 256 queries × 4096 keys in float32 are 32 MiB, about a cache's size."""
 KEY_CHUNK = 512
-"""Keys that are widened at once: 4 heads × 512 × 256 values in float32 are 2 MiB, the second-level cache of two cores."""
+"""Keys that are widened at once: 4 heads × 512 × 256 values in float32 are 2 MiB, which second-level caches hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +144,8 @@ def capped_attention(
         q = (q.to(score_dtype) * scale).reshape(num_batch, num_kv_heads, num_groups * num_queries, head_dim)
         with torch.autocast(q.device.type, enabled=False):
             scores = _scores(q, k)
-        scores = _soft_cap(scores, cap).view(num_batch, num_kv_heads, num_groups, num_queries, num_keys)
-        if block.mask_BLS is not None:
-            # A finite filler keeps rows without any key from becoming NaN; they are set to zero below.
-            scores.masked_fill_(~block.mask_BLS[:, None, None], torch.finfo(score_dtype).min)
+        scores = scores.view(num_batch, num_kv_heads, num_groups, num_queries, num_keys)
+        scores = _cap_and_mask(scores, cap, None if block.mask_BLS is None else block.mask_BLS[:, None, None])
         weights = torch.softmax(scores, dim=-1)
         if block.has_empty_rows and block.mask_BLS is not None:
             weights = weights * block.mask_BLS[:, None, None]
@@ -162,10 +160,11 @@ def capped_attention(
 def _scores(q_BKQH: Tensor, k_BKSH: Tensor) -> Tensor:
     """q kᵀ in the dtype of q, for keys that may be stored in a narrower one."""
     num_keys = k_BKSH.shape[2]
-    if k_BKSH.dtype == q_BKQH.dtype or num_keys <= KEY_CHUNK or torch.is_grad_enabled():
+    in_pieces = k_BKSH.dtype != q_BKQH.dtype and num_keys > KEY_CHUNK and k_BKSH.device.type == "cpu"
+    if not in_pieces or torch.is_grad_enabled():
         return torch.matmul(q_BKQH, k_BKSH.to(q_BKQH.dtype).transpose(2, 3))
-    # For one query the product costs no more than widening the keys. A piece that stays in the cache between the two
-    # is read from memory once, as bf16; all keys at once would be read, written and read again as float32.
+    # For one query, widening the keys costs more than the product. A piece that stays in the processor's cache between
+    # the two is read from memory once, as bf16; all keys at once would be read, written and read again as float32.
     scores = q_BKQH.new_empty((*q_BKQH.shape[:3], num_keys))
     for first in range(0, num_keys, KEY_CHUNK):
         piece = slice(first, first + KEY_CHUNK)
@@ -173,9 +172,13 @@ def _scores(q_BKQH: Tensor, k_BKSH: Tensor) -> Tensor:
     return scores
 
 
-def _soft_cap(scores: Tensor, cap: float | None) -> Tensor:
-    if cap is None:
-        return scores
-    if torch.is_grad_enabled():
-        return torch.tanh(scores / cap) * cap
-    return scores.div_(cap).tanh_().mul_(cap)  # the same values; fresh memory for each would cost more than the tanh
+def _cap_and_mask(scores: Tensor, cap: float | None, mask: Tensor | None) -> Tensor:
+    """In place where no gradient needs the steps between: fresh memory for each would cost more than the tanh."""
+    in_place = not torch.is_grad_enabled()
+    if cap is not None:
+        scores = scores.div_(cap).tanh_().mul_(cap) if in_place else torch.tanh(scores / cap) * cap
+    if mask is not None:
+        # A finite filler keeps rows without any key from becoming NaN; the caller sets them to zero.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill_(~mask, lowest) if in_place else scores.masked_fill(~mask, lowest)
+    return scores

@@ -52,13 +52,16 @@ class LayerCache:
         return self._k_BKSH[:, :, held], self._v_BKSH[:, :, held]
 
     def forget(self, num_tokens: int) -> None:
-        """Drops the oldest `num_tokens` tokens; their memory is given back when the buffer is next renewed."""
+        """Drops the oldest `num_tokens` tokens; their memory is given back once it is a quarter of what is held."""
         self._first += num_tokens
+        if self._first > max(GROWTH, self.num_tokens // 4):
+            assert self._k_BKSH is not None
+            self._move_to_new_buffers(self._k_BKSH, 0)
 
     def _move_to_new_buffers(self, like_BKLH: Tensor, num_new: int) -> None:
         num_batch, num_kv_heads, _, head_dim = like_BKLH.shape
         held = self.num_tokens
-        # A quarter more than is held keeps the cost of copying a growing global layer linear.
+        # A quarter more than is held keeps the cost of copying a growing layer linear.
         capacity = held + num_new + max(GROWTH, held // 4 if self._first == 0 else 0)
         for name in ("_k_BKSH", "_v_BKSH"):
             old = getattr(self, name)
@@ -69,6 +72,15 @@ class LayerCache:
                 new[:, :, :held] = old[:, :, self._first : self._last]
             setattr(self, name, new)
         self._first, self._last = 0, held
+
+
+def has_gaps(segment_ids_BS: Tensor | None) -> bool:
+    """Whether in some row padding stands between tokens; (B, S) segments, 0 for padding, or None for no padding."""
+    if segment_ids_BS is None:
+        return False
+    real_BS = segment_ids_BS != 0
+    begins_BS = real_BS[:, 1:] & ~real_BS[:, :-1]
+    return bool((begins_BS & real_BS[:, :-1].cummax(dim=1).values).any())
 
 
 class KVCache:
@@ -89,12 +101,21 @@ class KVCache:
         self._position_ids_BS: Tensor | None = None
         self._segment_ids_BS: Tensor | None = None
         self._first_local = 0
-        self._has_padding = False
+        self._has_segments = False
 
     @property
     def size_bytes(self) -> int:
-        """Memory of all layers' keys and values, in bytes."""
+        """Memory of all layers' keys and values, in bytes.
+
+        With room to grow and what is not yet given back, a layer takes at most 1.5 times what it holds, and memory for
+        2 · `GROWTH` tokens more. `Gemma2Config.kv_cache_bytes` counts what is held.
+        """
         return sum(layer.size_bytes for layer in self.layers)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens each row has seen, padding included; local layers hold fewer."""
+        return 0 if self._position_ids_BS is None else self._position_ids_BS.shape[1]
 
     @property
     def num_rows(self) -> int | None:
@@ -118,33 +139,34 @@ class KVCache:
         """Records the tokens of the coming pass; call before the layers append their keys."""
         if segment_ids_BL is None:
             segment_ids_BL = torch.ones_like(position_ids_BL)
+            last = self.last_tokens() if self._has_segments else None
+            if last is not None:  # the row's last document goes on; a row of padding begins its first
+                segment_ids_BL = segment_ids_BL * last[0].clamp(min=1)
         else:
-            self._has_padding = True
+            self._has_segments = True
         if self._position_ids_BS is None or self._segment_ids_BS is None:
             self._position_ids_BS, self._segment_ids_BS = position_ids_BL, segment_ids_BL
         else:
             self._position_ids_BS = torch.cat([self._position_ids_BS, position_ids_BL], dim=1)
             self._segment_ids_BS = torch.cat([self._segment_ids_BS, segment_ids_BL], dim=1)
-        if self._has_padding and not self.has_gaps:
-            # Padding after a token is a gap as soon as another token follows; taking it for one at once is only slower.
-            real = self._segment_ids_BS != 0
-            self.has_gaps = bool((real[:, :-1] & ~real[:, 1:]).any())
+        if self._has_segments and not self.has_gaps:
+            self.has_gaps = has_gaps(self._segment_ids_BS)
 
     def key_positions(self, *, local: bool) -> tuple[Tensor, Tensor | None]:
         """(B, S) positions and segments of the keys that layers of this kind hold, new ones included.
 
-        The segments are None as long as no pass had any padding.
+        The segments are None as long as no pass was given any.
         """
         assert self._position_ids_BS is not None and self._segment_ids_BS is not None
         first = self._first_local if local else 0
-        segments = self._segment_ids_BS[:, first:] if self._has_padding else None
+        segments = self._segment_ids_BS[:, first:] if self._has_segments else None
         return self._position_ids_BS[:, first:], segments
 
     def forget_unseen(self) -> None:
         """Drops from local layers what no coming query can see; call after the pass."""
         assert self._position_ids_BS is not None and self._segment_ids_BS is not None
-        if not self._has_padding:
-            # Without padding every column is one position, so arithmetic on the host is enough.
+        if not self._has_segments:
+            # Without segments every column is one position, so arithmetic on the host is enough.
             num_unseen = max(0, self._position_ids_BS.shape[1] - (self._window - 1) - self._first_local)
         else:
             last = self.last_tokens()

@@ -13,13 +13,15 @@ Axes: B batch, L tokens of this pass, D width, N query heads, K key/value heads,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2.config import Gemma2Config
 from gemma2.model.attention import AttentionPlan, capped_attention, plan_attention
-from gemma2.model.kv_cache import KVCache, LayerCache
+from gemma2.model.kv_cache import KVCache, LayerCache, has_gaps
 
 
 class Gemma2ForCausalLM(nn.Module):
@@ -59,6 +61,12 @@ class Gemma2ForCausalLM(nn.Module):
             elif isinstance(module, Gemma2RMSNorm):
                 module.weight.zero_()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gemma2ForCausalLM:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What makes new parameters, as `to_empty` does, makes two of the one; the head would drift from the embedding.
+        self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
     def forward(
         self,
         input_ids: Tensor,
@@ -72,16 +80,20 @@ class Gemma2ForCausalLM(nn.Module):
 
         Args:
             input_ids: (B, L) int64 token ids.
-            position_ids: (B, L) int64 absolute positions. Left out: counted in each segment, from where
-                `past_key_values` ends.
+            position_ids: (B, L) int64 absolute positions, which rise by one within a document. Left out: counted in
+                each segment, from where `past_key_values` ends.
             segment_ids: (B, L) int64; 0 is padding, left or right, and each other number one document; tokens see
                 only their own document, whose tokens stand together. An attention mask of zeros and ones is one.
-                Left out: no padding, one document a row.
+                Left out: no padding, one document a row, or the going on of the cache's last one.
             past_key_values: the cache to read and extend. Left out: no cache.
             logits_to_keep: of how many of the last tokens; 0 for all.
 
         Returns:
             (B, L or logits_to_keep, V) in float32 (float64 for a float64 model), final cap applied.
+
+        Raises:
+            ValueError: shapes do not fit each other or the cache, positions do not rise by one, or the weights are
+                float16.
         """
         hidden_BLD = self.model(
             input_ids, position_ids=position_ids, segment_ids=segment_ids, past_key_values=past_key_values
@@ -91,7 +103,9 @@ class Gemma2ForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The head and the final cap: (…, D) hidden states to (…, V) logits in float32 (or float64)."""
         logits = self.lm_head(hidden)
-        return soft_cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config.final_logit_softcapping)
+        return soft_cap(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), self.config.final_logit_softcapping
+        )
 
 
 class Gemma2Model(nn.Module):
@@ -117,12 +131,14 @@ class Gemma2Model(nn.Module):
         past_key_values: KVCache | None = None,
     ) -> Tensor:
         """Computes the (B, L, D) hidden states after the last norm; arguments as `Gemma2ForCausalLM.forward`."""
+        refuse_float16(self.embed_tokens.weight.dtype)
         context = PassContext.prepare(self.config, input_ids, position_ids, segment_ids, past_key_values)
         x_BLD = self.embed_tokens(input_ids)
         # The root of the width is rounded to the compute dtype before it multiplies: 48, 59.75 and 68 in bf16
         # (gemma_pytorch GemmaModel.forward, Hugging Face Gemma2Model.forward).
         x_BLD = x_BLD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BLD.dtype, device=x_BLD.device)
-        rope = self.layers[0].self_attn.rotary_emb(context.position_ids_BL)  # type: ignore[union-attr,operator]
+        rotary_emb: Gemma2RotaryEmbedding = self.layers[0].self_attn.rotary_emb  # type: ignore[union-attr,assignment]
+        rope = rotary_emb(context.position_ids_BL, torch.promote_types(x_BLD.dtype, torch.float32))
         for layer in self.layers:
             x_BLD = layer(x_BLD, rope, context)
         if past_key_values is not None:
@@ -154,10 +170,12 @@ class PassContext:
         _check_inputs(config, input_ids_BL, position_ids_BL, segment_ids_BL, cache)
         if position_ids_BL is None:
             position_ids_BL = _count_positions(input_ids_BL, segment_ids_BL, cache)
-        has_gaps = False
         if cache is not None:
             cache.extend(position_ids_BL, segment_ids_BL)
-            has_gaps = cache.has_gaps
+            any_gaps = cache.has_gaps
+        else:
+            # Asked only where the answer matters, since it is one more wait for an accelerator.
+            any_gaps = input_ids_BL.shape[1] > config.sliding_window and has_gaps(segment_ids_BL)
         plans = []
         for window, is_local in ((config.sliding_window, True), (None, False)):
             keys: tuple[Tensor, Tensor | None] = (position_ids_BL, segment_ids_BL)
@@ -173,7 +191,7 @@ class PassContext:
                     key_position_ids_BS=keys[0],
                     key_segment_ids_BS=keys[1],
                     window=window,
-                    has_gaps=has_gaps,
+                    has_gaps=any_gaps,
                 )
             )
         return cls(position_ids_BL, plans[0], plans[1], cache)
@@ -236,7 +254,7 @@ class Gemma2Attention(nn.Module):
             k_BKSH, v_BKSH = layer_cache.append(k_BKSH, v_BKSH)
         out_BLNH = capped_attention(
             # Query head n shares key/value head n // G: the heads of one group stand together.
-            q_BNLH.unflatten(1, (config.num_key_value_heads, config.num_queries_per_kv)),
+            q_BNLH.view(num_batch, config.num_key_value_heads, config.num_queries_per_kv, num_length, config.head_dim),
             k_BKSH,
             v_BKSH,
             scale=config.query_scale,
@@ -251,13 +269,9 @@ class Gemma2MLP(nn.Module):
 
     def __init__(self, config: Gemma2Config, *, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(
-            config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, device=device
-        )
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, device=device)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, dtype=dtype, device=device)
-        self.down_proj = nn.Linear(
-            config.intermediate_size, config.hidden_size, bias=False, dtype=dtype, device=device
-        )
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, dtype=dtype, device=device)
         self.act_fn = PytorchGELUTanh()
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -278,9 +292,7 @@ class Gemma2RMSNorm(nn.Module):
     the weight, Gemma after. DeepMind's JAX library computes in the dtype of x.
     """
 
-    def __init__(
-        self, num_features: int, eps: float, *, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
+    def __init__(self, num_features: int, eps: float, *, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(num_features, dtype=dtype, device=device))
@@ -303,11 +315,11 @@ class Gemma2RotaryEmbedding(nn.Module):
         self.head_dim = head_dim
         self.theta = theta
 
-    def forward(self, position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns cosine and sine, each (B, 1, L, H / 2) float32, for (B, L) positions."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=position_ids_BL.device).float()
+    def forward(self, position_ids_BL: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Returns cosine and sine, each (B, 1, L, H / 2), for (B, L) positions; float32, float64 for references."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=position_ids_BL.device).to(dtype)
         inverse_frequency = 1.0 / (self.theta ** (exponents / self.head_dim))
-        angles_B1LH = position_ids_BL[:, None, :, None].float() * inverse_frequency
+        angles_B1LH = position_ids_BL[:, None, :, None].to(dtype) * inverse_frequency
         return angles_B1LH.cos(), angles_B1LH.sin()
 
 
@@ -365,7 +377,9 @@ def _check_inputs(
     cache: KVCache | None,
 ) -> None:
     if input_ids_BL.ndim != 2 or input_ids_BL.shape[1] == 0:
-        raise ValueError(f"input_ids must be (batch, length) with at least one token, but is {tuple(input_ids_BL.shape)}")
+        raise ValueError(
+            f"input_ids must be (batch, length) with at least one token, but is {tuple(input_ids_BL.shape)}"
+        )
     for name, tensor in (("position_ids", position_ids_BL), ("segment_ids", segment_ids_BL)):
         if tensor is not None and tensor.shape != input_ids_BL.shape:
             raise ValueError(
@@ -378,3 +392,22 @@ def _check_inputs(
             )
         if cache.num_rows not in (None, input_ids_BL.shape[0]):
             raise ValueError(f"the cache holds {cache.num_rows} rows, but input_ids has {input_ids_BL.shape[0]}")
+    if position_ids_BL is not None:
+        _check_positions(position_ids_BL, segment_ids_BL, cache)
+
+
+def _check_positions(position_ids_BL: Tensor, segment_ids_BL: Tensor | None, cache: KVCache | None) -> None:
+    """Refuses positions that do not rise by one: the masks tell by them which key comes before which query."""
+    segments_BL = torch.ones_like(position_ids_BL) if segment_ids_BL is None else segment_ids_BL
+    last = None if cache is None else cache.last_tokens()
+    if last is not None:
+        last_segment_B1 = last[0] if segment_ids_BL is not None else (last[0] != 0).to(torch.int64)
+        segments_BL = torch.cat([last_segment_B1, segments_BL], dim=1)
+        position_ids_BL = torch.cat([last[1], position_ids_BL], dim=1)
+    is_next_BL = (segments_BL[:, 1:] == segments_BL[:, :-1]) & (segments_BL[:, 1:] != 0)
+    rise_BL = position_ids_BL[:, 1:] - position_ids_BL[:, :-1]
+    if bool((is_next_BL & (rise_BL != 1)).any()):
+        raise ValueError(
+            "position_ids must rise by one from token to token of a document, from where the cache ends; where the "
+            "next document of a row begins, segment_ids must change"
+        )
