@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gemma2.checkpoints.layout import TOKENIZER_FILES
 from gemma2.checkpoints.safetensors_format import DTYPES
 from gemma2.config import Gemma2Config
+from gemma2.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,32 @@ class LazyTensor:
             array = array.copy()
             array.flags.writeable = False
         return array
+
+    def read_into(self, buffer: npt.NDArray[np.uint8], *, first_byte: int = 0) -> None:
+        """Fills a buffer with stored bytes by reading the file, so that no mapped pages add to the memory in use.
+
+        Args:
+            buffer: (n,) uint8, writable and C-contiguous; n bytes are read.
+            first_byte: which of the tensor's bytes goes first.
+
+        Raises:
+            CheckpointError: the file cannot be read or has become shorter.
+        """
+        if buffer.ndim != 1 or not 0 <= first_byte <= first_byte + buffer.size <= self.num_bytes:
+            raise ValueError(
+                f"{self.name} has {self.num_bytes} bytes; cannot read from byte {first_byte} into {buffer.shape}"
+            )
+        rest = buffer.data
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                stream.seek(self._start + first_byte)
+                while len(rest):  # one call reads at most 2 GiB
+                    num_read = stream.readinto(rest)
+                    if not num_read:
+                        raise CheckpointError(f"{self.file}: is truncated: it ends inside {self.name}; copy it again")
+                    rest = rest[num_read:]
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be read: {error.strerror or error}") from error
 
     def raw_bytes(self) -> npt.NDArray[np.uint8]:
         """Returns the stored bytes, (num_bytes,) uint8, as a read-only view of the mapped file."""
