@@ -1,0 +1,260 @@
+"""`gemma2.load(...)`: joins files, backend and tokenizer. The only place that chooses between them.
+
+    llm = gemma2.load()                            the bundled model
+    llm = gemma2.load("google/gemma-2-2b-it")      one that was pulled; or a folder
+    llm.generate("Once upon a time", max_tokens=64, temperature=0).text
+    for piece in llm.stream("Once upon a time"): ...
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma2.checkpoints import open_checkpoint, resolve_model
+from gemma2.config import Gemma2Config
+from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, nearest_name
+from gemma2.generation import Completion, Engine
+from gemma2.sampling import SamplingParams
+from gemma2.step import Backend, Logits
+from gemma2.text import Message, Tokenizer, encode_chat
+
+if TYPE_CHECKING:
+    import torch
+
+BUNDLED_FOLDER: Final = Path(__file__).parent / "bundled"
+BACKENDS: Final = ("auto", "cpu", "torch")
+WEIGHTS: Final = ("auto", "float32", "bfloat16", "q8", "q4")
+SMALL_MODEL_PARAMETERS: Final = 100_000_000
+"""Below this, "auto" computes in float32: it costs little memory, and no speed on a CPU."""
+
+
+class LLM:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        config: the architecture.
+        tokenizer: text to ids and back.
+        backend: what computes; see `gemma2.step.Backend`.
+        engine: many requests at once, step by step; see `gemma2.generation.Engine`.
+        is_chat_tuned: whether the model was tuned on the chat format. Taken for so if its `generation_config.json`
+            ends answers at <end_of_turn>, as Google's "-it" models' does, or its name ends in "-it".
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        *,
+        is_chat_tuned: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.engine = Engine(backend, tokenizer)
+        self.is_chat_tuned = is_chat_tuned
+        self._stop_token_ids = tuple(stop_token_ids)
+
+    @property
+    def config(self) -> Gemma2Config:
+        """The architecture."""
+        return self.backend.config
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None, **options: Any
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompt: Any, params: SamplingParams | None = None, **options: Any
+    ) -> Completion | list[Completion]:
+        """Continues a text, or several at once.
+
+        Args:
+            prompt: a text, which gets one <bos> in front, or token ids, taken as they are; or a list of either.
+            params: how tokens are drawn and when to stop.
+            **options: fields of `SamplingParams`, as in ``max_tokens=64, temperature=0``; they go before `params`.
+
+        Returns:
+            One completion for one prompt, a list of them for a list.
+
+        Raises:
+            SamplingError: an option is unknown or out of range.
+            ContextLengthError: a prompt, or a prompt and `max_tokens`, is longer than the context.
+        """
+        own = self._params(params, options)
+        if _is_one_prompt(prompt):
+            return self.engine.generate([prompt], own)[0]
+        return self.engine.generate(prompt, own)
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Continues a text and gives out each piece as soon as it is certain; arguments as `generate`.
+
+        Mistakes are raised here and now, before the first piece is asked for. Closing the iterator ends the request.
+        """
+        deltas = self.engine.stream(prompt, self._params(params, options))
+        return (delta.text for delta in deltas if delta.text)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        strict_system: bool = False,
+        **options: Any,
+    ) -> Completion:
+        """Answers a conversation.
+
+        Args:
+            messages: ``{"role": "user", "content": "…"}`` and ``{"role": "model", …}`` in turn, the last a user's. A
+                "system" message may come first: its text is put in front of the first user turn.
+            params: how tokens are drawn and when to stop.
+            strict_system: whether to refuse system text, which Gemma 2 has no role for.
+            **options: fields of `SamplingParams`.
+
+        Raises:
+            ChatFormatError: the format cannot express the messages.
+            SamplingError, ContextLengthError: as `generate`.
+        """
+        token_ids = encode_chat(self.tokenizer, messages, strict_system=strict_system)
+        return self.engine.generate([token_ids], self._params(params, options))[0]
+
+    def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> Logits:
+        """Computes the logits after each token of one sequence.
+
+        Args:
+            token_ids: (n,) ids, n from 1 to the context's length; none is added.
+
+        Returns:
+            (n, vocabulary) float32, final cap applied. For 8192 tokens over 256,000 words that is 7.8 GiB.
+
+        Raises:
+            ContextLengthError: there are more tokens than the context holds.
+            Gemma2Error: there are no tokens, or one is not in the vocabulary.
+        """
+        return self.engine.logits(token_ids)
+
+    def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        own = (SamplingParams() if params is None else params).replace(**options)
+        if self._stop_token_ids and not own.ignore_eos:
+            own = own.replace(stop_token_ids=(*own.stop_token_ids, *self._stop_token_ids))
+        return own
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    weights: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+) -> LLM:
+    """Loads a model.
+
+    Args:
+        model: a folder with config.json, safetensors and a tokenizer; or the name of a model on the Hugging Face Hub
+            that `gemma2 pull` has fetched; None for the bundled model.
+        backend: "torch", or "auto" for the best there is. The engine "cpu" is not part of this version.
+        weights: "float32", "bfloat16", or "auto": what the files hold, but float32 for a model of under 100 million
+            parameters. "q8" and "q4" are not part of this version.
+        device: "cpu", "cuda", "cuda:1", …; None for a CUDA device where there is one, else the CPU.
+        revision: branch, tag or commit, for a model from the hub.
+
+    Raises:
+        CheckpointError: there is no such model, or its files are incomplete or damaged.
+        TokenizerError: its tokenizer is missing, damaged, or does not fit the model.
+        ConfigError: an argument is out of range, or asks for what this machine or this version does not have.
+        MissingDependencyError: PyTorch is not installed.
+    """
+    _refuse_unknown("backend", backend, BACKENDS)
+    _refuse_unknown("weights", weights, WEIGHTS)
+    if backend == "cpu" or weights in ("q8", "q4"):
+        asked = f"backend={backend!r}" if backend == "cpu" else f"weights={weights!r}"
+        raise ConfigError(f"{asked} needs the compiled CPU engine, which this version does not have; leave it out")
+    if model is None and not BUNDLED_FOLDER.is_dir():
+        raise CheckpointError(f"{BUNDLED_FOLDER}: this installation has no bundled model; name a folder or a model")
+    folder = BUNDLED_FOLDER if model is None else resolve_model(model, revision=revision)
+    checkpoint = open_checkpoint(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.check_fits(checkpoint.config)
+    stop_token_ids = _generation_stop_ids(folder, checkpoint.config)
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            "running a model needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
+        )
+    import torch
+
+    from gemma2.model import TorchBackend, load_model
+
+    if weights == "auto":
+        is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
+        weights = "float32" if is_small else "auto"
+    loaded = load_model(checkpoint, dtype=weights, device=_torch_device(device))
+    return LLM(
+        TorchBackend(loaded),
+        tokenizer,
+        is_chat_tuned=tokenizer.end_of_turn_id in stop_token_ids or str(model or "").rstrip("/").endswith("-it"),
+        stop_token_ids=sorted(stop_token_ids - tokenizer.stop_ids),
+    )
+
+
+def _torch_device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, but is {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, but is {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; leave it out to take "
+            f"what there is"
+        )
+    return device
+
+
+def _generation_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
+    """What ends an answer by the folder's generation_config.json; empty if it does not say."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        eos = values.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a JSON object: {error}") from None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for token_id in ids:
+        if not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
+            raise CheckpointError(
+                f"{path}: eos_token_id must hold token ids from 0 to {config.vocab_size - 1}, but holds {token_id!r}"
+            )
+    return frozenset(ids)
+
+
+def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(known)}, but is {value!r}.{nearest_name(str(value), known)}"
+        )
+
+
+def _is_one_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, Sequence | np.ndarray) and len(prompt) > 0 and isinstance(prompt[0], int | np.integer)
