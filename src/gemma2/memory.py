@@ -109,24 +109,25 @@ def logits_bytes(config: Gemma2Config, num_rows: int) -> int:
 def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, bytes_per_value: int = 2) -> int:
     """Peak of the activations while a chunk of a prompt goes through a layer, weights and cache not counted.
 
-        residual and normed input    2 · C · D
+        residual stream              4 · C · D            before and after attention, its output, the normed input
         the larger of
           MLP                        3 · C · I            gate, up and their product
-          attention                  C · (2N + 2K) · H    q, k, v and the output, and in float32:
-                                     3 · N · min(C, 256) · S scores, and K · S · H keys
+          attention                  2 · C · (N + K) · H  q, k, v and the output
+            and scores               N · min(C, 256) · S  in float32 twice, before and after the softmax, and once
+                                                          more in a narrower dtype
 
     Args:
         config: the architecture.
         chunk_tokens: C, tokens that go through the model at once.
         num_keys: S, tokens of the sequence so far, the chunk included.
-        bytes_per_value: 2 for bf16.
+        bytes_per_value: of everything but the scores; 2 for bf16.
     """
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    stream = 2 * chunk_tokens * config.hidden_size * bytes_per_value
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    stream = 4 * chunk_tokens * config.hidden_size * bytes_per_value
     mlp = 3 * chunk_tokens * config.intermediate_size * bytes_per_value
-    scores = 3 * config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys * 4
-    attention = chunk_tokens * 2 * (queries + keys) * bytes_per_value + scores + keys * num_keys * 4
+    bytes_per_score = 2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0)
+    num_scores = config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys
+    attention = 2 * chunk_tokens * heads * bytes_per_value + num_scores * bytes_per_score
     return stream + max(mlp, attention)
 
 

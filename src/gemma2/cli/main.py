@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            print(f"gemma2: {interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _drop_unwritten_output()

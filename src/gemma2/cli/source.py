@@ -7,9 +7,6 @@ from pathlib import Path
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import CheckpointError
 
-BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
-"""The model that comes with the package."""
-
 
 def find_folder(name: str | None) -> Path:
     """Returns the folder of a model that is on this machine.
@@ -20,6 +17,7 @@ def find_folder(name: str | None) -> Path:
     Raises:
         CheckpointError: there is no such model.
     """
+    from gemma2.api import BUNDLED_FOLDER
     from gemma2.checkpoints import resolve_model
 
     if name is None:
