@@ -4,8 +4,8 @@ A model folder has `tokenizer.json`, `tokenizer.model`, or both. They cut text a
 own vocabulary: also long runs of spaces (up to 31 are one token, the longest first), on which conversions of Gemma's
 file have disagreed. Two differences remain:
 
-- A literal U+2581 ("▁", by which pieces write a space) beside a space or another one. SentencePiece sees one run of
-  spaces, tokenizers does not: "▁ a" is "▁▁", "a" to the one and "▁", "▁a" to the other. Both decode it as a space.
+- Two or more literal U+2581 ("▁", by which pieces write a space) beside spaces. SentencePiece sees one run of spaces,
+  tokenizers two: "▁▁ a" is "▁▁▁", "a" to the one and "▁▁", "▁a" to the other. Both decode it as spaces.
   (In tokenizers that are trained here there is no such difference.)
 - In Gemma's files the piece of id 226, a tab, is called "<0x09>" in the one and "\\t" in the other.
 

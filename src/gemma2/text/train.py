@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -33,9 +35,14 @@ WHITESPACE_PIECES: Final[tuple[str, ...]] = (
 )
 """Runs of whitespace that are one token wherever they stand. Gemma has up to 31 of each; text rarely does."""
 
-_PRINTABLE_ASCII: Final = "".join(map(chr, range(0x21, 0x7F)))
-# Every one-letter piece that is always there, besides the control, whitespace and byte pieces: U+2581 and ASCII.
-_SMALLEST_VOCAB_SIZE: Final = len(CONTROL_PIECES) + len(WHITESPACE_PIECES) + 256 + 1 + len(_PRINTABLE_ASCII)
+_ALWAYS: Final = SPACE + "".join(map(chr, range(0x21, 0x7F)))
+"""Characters that are pieces of their own, whatever the text: without U+2581 no space could be written."""
+
+_NEVER: Final = "\t\0\u2585"
+"""Characters that never are, like halves of surrogate pairs: the tab is a piece already, and SentencePiece keeps the
+other two for itself."""
+
+_SMALLEST_VOCAB_SIZE: Final = len(CONTROL_PIECES) + len(WHITESPACE_PIECES) + len(BYTE_PIECES) + len(_ALWAYS)
 
 
 def train_tokenizer(
@@ -56,8 +63,8 @@ def train_tokenizer(
         texts: documents; pieces never reach over a line's end.
         vocab_size: number of ids, with the 108 control pieces, the runs of whitespace and the 256 bytes.
         folder: where the files go; made if it is not there.
-        character_coverage: share of the characters of `texts` that get a piece of their own (rarer ones become
-            bytes); printable ASCII always does.
+        character_coverage: share of the characters of `texts`, from 0 to 1, that must be pieces of their own, the
+            commonest first; rarer ones become bytes. The space and printable ASCII always are pieces.
         max_sentence_bytes: lines longer than this many bytes of UTF-8 are cut, where possible before a space.
         num_threads: threads of the trainer; by default the machine's, at most 8.
 
@@ -71,15 +78,28 @@ def train_tokenizer(
         )
     if max_sentence_bytes < 64:
         raise TokenizerError(f"max_sentence_bytes must be at least 64, but is {max_sentence_bytes}")
+    if not 0 <= character_coverage <= 1:
+        raise TokenizerError(f"character_coverage must be from 0 to 1, but is {character_coverage}")
+    lines = [line for text in texts for line in text.replace("\r\n", "\n").split("\n") if line]
+    if not lines:
+        raise TokenizerError("a tokenizer needs text to be trained on, but the texts are empty")
+    counts = Counter(character for line in lines for character in line.replace(" ", SPACE))
+    alphabet = _alphabet(counts, character_coverage)
+    if vocab_size < _SMALLEST_VOCAB_SIZE + len(alphabet) - len(_ALWAYS):
+        raise TokenizerError(
+            f"vocab_size must be at least {_SMALLEST_VOCAB_SIZE + len(alphabet) - len(_ALWAYS)} for the "
+            f"{len(alphabet)} characters of this text, but it is {vocab_size}; raise it, or lower character_coverage"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts, max_sentence_bytes),
+            sentence_iterator=_sentences(lines, counts, alphabet, max_sentence_bytes),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            required_chars=_PRINTABLE_ASCII,
+            # The alphabet is chosen here, see _sentences.
+            character_coverage=1.0,
+            required_chars="".join(sorted(alphabet)),
             max_sentence_length=max_sentence_bytes,
             num_threads=num_threads or min(8, os.cpu_count() or 1),
             normalization_rule_name="identity",
@@ -100,7 +120,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise TokenizerError(f"the tokenizer could not be trained with vocab_size {vocab_size}: {error}") from None
+        reason = str(error).rpartition("] ")[2]  # without the place in SentencePiece's source
+        raise TokenizerError(f"the tokenizer could not be trained with vocab_size {vocab_size}: {reason}") from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
     folder = Path(folder)
@@ -110,22 +131,38 @@ def train_tokenizer(
     _write(folder / "tokenizer_config.json", _to_json(_config_file()))
 
 
-def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """Cuts texts into lines, and long lines into parts, as the trainer passes over what is longer."""
-    found = False
-    for text in texts:
-        # Not splitlines(): U+2028, form feeds and the like are characters of the text.
-        for line in text.replace("\r\n", "\n").split("\n"):
-            while line:
-                cut = len(line)
-                if len(line.encode()) > max_bytes:
+def _alphabet(counts: Counter[str], coverage: float) -> set[str]:
+    """Chooses the characters that get a piece of their own."""
+    alphabet = set(_ALWAYS)
+    needed = coverage * counts.total()
+    covered = sum(counts[character] for character in alphabet)
+    # By count and then by character, so that the order of the text does not matter.
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if covered >= needed:
+            break
+        if character not in alphabet and character not in _NEVER and not "\ud800" <= character <= "\udfff":
+            alphabet.add(character)
+            covered += count
+    return alphabet
+
+
+def _sentences(lines: list[str], counts: Counter[str], alphabet: set[str], max_bytes: int) -> Iterator[str]:
+    """Cuts lines at rare characters, and long ones into parts, as the trainer passes over what is longer."""
+    # The trainer leaves out characters of its required_chars that it has not seen, once all that it has seen are
+    # covered (`coverage` in LoadSentences of its trainer_interface.cc, in float32). It counts tabs, but never covers
+    # them: a few tabs, more than float32 can round away, keep it going.
+    yield "\t" * (8 + counts.total() // 2**20)
+    rare = counts.keys() - alphabet
+    at_rare = re.compile("[" + "".join(map(re.escape, sorted(rare))) + "]") if rare else None
+    for line in lines:
+        for part in at_rare.split(line) if at_rare else (line,):
+            while part:
+                cut = len(part)
+                if len(part.encode()) > max_bytes:
                     cut = max_bytes // 4  # no character takes more than four bytes
-                    cut = max(line.rfind(" ", 1, cut), 0) or cut
-                found = True
-                yield line[:cut]
-                line = line[cut:]
-    if not found:
-        raise TokenizerError("a tokenizer needs text to be trained on, but the texts are empty")
+                    cut = max(part.rfind(" ", 1, cut), 0) or cut
+                yield part[:cut]
+                part = part[cut:]
 
 
 def _sentencepiece_file(processor: sentencepiece.SentencePieceProcessor, pieces: list[str]) -> bytes:

@@ -1,0 +1,52 @@
+"""Tokenizers to test with: a small one that is trained on the spot, and Gemma's own where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gemma2.text import Tokenizer, train_tokenizer
+
+TRAINING_TEXT = """The north wind and the sun were disputing which was the stronger, when a traveller came along
+wrapped in a warm cloak. They agreed that the one who first succeeded in making the traveller take his cloak off
+should be considered stronger than the other.\r\nThen the north wind blew as hard as he could, but the more he blew
+the more closely did the traveller fold his cloak around him; and at last the north wind gave up the attempt.
+
+Then the sun shone out warmly, and immediately the traveller took off his cloak. And so the north wind was obliged
+to confess that the sun was the stronger of the two. ¿Qué será, señor? Año 1984, 27 leguas. 你好，世界。你好！
+    for row in range(10):\n        print(row, {"row": row})\n ------------ aaaaaaaaaaaaaaaa abababababab ============
+"""
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokenizer.json and tokenizer.model, of 640 entries."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_tokenizer([TRAINING_TEXT] * 3, vocab_size=640, folder=folder, character_coverage=1.0, num_threads=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def by_json(trained_folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(trained_folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def by_model(trained_folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(trained_folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="session", params=["json", "model"])
+def tokenizer(request: pytest.FixtureRequest, trained_folder: Path) -> Tokenizer:
+    """The trained tokenizer, over each of the two libraries."""
+    return Tokenizer.from_file(trained_folder / f"tokenizer.{request.param}")
+
+
+@pytest.fixture(scope="session")
+def gemma_folder() -> Path:
+    """The folder of Gemma's own tokenizer.json; the test is skipped where there is none."""
+    named = os.environ.get("GEMMA2_TEST_TOKENIZER")
+    folder = Path(named) if named else Path(__file__).parents[2].parent / "shared" / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("needs Gemma's tokenizer.json in the folder that GEMMA2_TEST_TOKENIZER names")
+    return folder
