@@ -199,6 +199,23 @@ def test_the_seed_sets_the_order(folder: Path) -> None:
     assert inputs(seed=2**64 - 1) != inputs(seed=0)
 
 
+def test_ranks_and_sources_are_shuffled_each_in_its_own_way(tmp_path: Path) -> None:
+    letters = "abcdefghij"
+    twice = write_jsonl(tmp_path / "x.jsonl", [letter for letter in letters for _ in range(2)])
+    capitals = write_jsonl(tmp_path / "y.jsonl", list(letters.upper()) * 2)
+
+    def order(files: Any, **settings: Any) -> str:
+        batches = loader(files, sequence_length=2, epochs=1, **settings)
+        return "".join(decode(segment[:-1]) for segment in segments(batches))
+
+    ranks = [order(twice, rank=rank, world_size=2) for rank in range(2)]
+    assert [sorted(rank) for rank in ranks] == [list(letters)] * 2
+    assert ranks[0] != ranks[1]
+    mixed = order([Source(files=capitals), Source(files=write_jsonl(tmp_path / "z.jsonl", list(letters) * 2))])
+    assert sorted(mixed.lower()) == sorted(letters * 4)
+    assert "".join(filter(str.isupper, mixed)).lower() != "".join(filter(str.islower, mixed))
+
+
 def test_the_order_never_changes_between_versions(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", [chr(ord("A") + number) for number in range(10)])
     whole = loader(file, sequence_length=2, batch_size=10, seed=7)
@@ -213,6 +230,12 @@ def test_shuffling_spreads_as_far_as_the_buffer(tmp_path: Path) -> None:
     assert all(number < place + 500 for place, number in enumerate(order))
     first = order[:200]
     assert 180 < np.mean(first) < 420, "the first come from the whole buffer and not from its beginning"
+    assert max(place - number for place, number in enumerate(order)) > 1000, "one in for one out, not block by block"
+
+
+def test_random_numbers_do_not_repeat(folder: Path) -> None:
+    stream = loader(folder)._streams[0]
+    assert len({stream._random_number() for _ in range(2000)}) == 2000
 
 
 def test_ranks_see_documents_of_their_own(folder: Path) -> None:
@@ -353,8 +376,12 @@ def test_settings_out_of_range_are_refused_when_made(folder: Path, settings: dic
         loader(folder, **settings)
 
 
-def test_a_weight_must_be_above_zero(folder: Path) -> None:
-    with pytest.raises(DataError, match="weight of a source must be above 0, but is 0"):
-        loader([Source(files=folder, weight=0)])
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan")])
+def test_a_weight_must_be_a_number_above_zero(folder: Path, weight: float) -> None:
+    with pytest.raises(DataError, match=rf"weight of a source must be a number above 0, but is {weight}"):
+        loader([Source(files=folder, weight=weight)])
+
+
+def test_names_and_sources_do_not_mix(folder: Path) -> None:
     with pytest.raises(DataError, match="names only or Sources only"):
         loader([Source(files=folder), str(folder)])

@@ -18,7 +18,7 @@ def runs(text: str) -> list[int]:
     return [hash(word) for word in re.findall(r"[\r\n]+| *[^ \r\n]+| +", text)]
 
 
-@pytest.mark.parametrize("min_characters", [1, 2, 7, 100, 10_000])
+@pytest.mark.parametrize("min_characters", [0, 1, 2, 7, 100, 10_000])
 def test_slices_encode_as_the_whole(min_characters: int) -> None:
     generator = random.Random(min_characters)
     for _ in range(50):
@@ -33,7 +33,7 @@ def test_slices_encode_as_the_whole(min_characters: int) -> None:
 
 def test_slices_are_short_but_never_cut_a_run_of_newlines() -> None:
     text = "one\r\n\r\ntwo\n\n\nthree\r\rfour"
-    ends = [end for _, end in encode_slices(text, runs, min_characters=1)]
+    ends = [end for _, end in encode_slices(text, runs, min_characters=0)]
     assert [text[start:end] for start, end in zip([0, *ends], ends, strict=False)] == [
         "one\r\n\r\n",
         "two\n\n\n",
@@ -41,11 +41,11 @@ def test_slices_are_short_but_never_cut_a_run_of_newlines() -> None:
         "four",
     ]
     # The wanted length falls into the middle of the first run.
-    assert next(encode_slices(text, runs, min_characters=5))[1] == 7
+    assert next(encode_slices(text, runs, min_characters=4))[1] == 7
 
 
 def test_a_newline_at_the_end_belongs_to_the_last_slice() -> None:
-    assert [end for _, end in encode_slices("a\nb\n\n", runs, min_characters=1)] == [2, 5]
+    assert [end for _, end in encode_slices("a\nb\n\n", runs, min_characters=0)] == [2, 5]
 
 
 def cut(num_tokens: int, sequence_length: int, generator: random.Random | None = None) -> list[int]:

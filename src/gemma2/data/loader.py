@@ -351,7 +351,7 @@ def _as_sources(files: str | Path | Sequence[str | Path] | Sequence[Source]) -> 
         raise DataError("files must be names only or Sources only, but both came")
     for source in sources:
         if not 0 < source.weight < float("inf"):
-            raise DataError(f"{source.files}: the weight of a source must be above 0, but is {source.weight}")
+            raise DataError(f"{source.files}: the weight of a source must be a number above 0, but is {source.weight}")
     return sources
 
 

@@ -34,7 +34,7 @@ LOOKAHEAD: Final = 128
 """How many pieces the packer may choose from to fill a row."""
 
 _SLICE_CHARACTERS: Final = 16384
-_END_OF_NEWLINE_RUN: Final = re.compile(r"[\r\n]+(?=[^\r\n])")
+_NEWLINES: Final = re.compile(r"[\r\n]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +74,14 @@ def encode_slices(
         text: the text.
         encode: the tokenizer.
         start: the character to begin at: 0, or an end that was yielded before.
-        min_characters: a slice ends at the first possible place after so many characters.
+        min_characters: a slice ends with the first run of newlines that reaches beyond so many characters.
 
     Yields:
         The ids of a slice, and the character at which it ends.
     """
     while start < len(text):
-        border = _END_OF_NEWLINE_RUN.search(text, start + min_characters - 1)
-        end = border.end() if border else len(text)
+        newlines = _NEWLINES.search(text, start + min_characters)
+        end = newlines.end() if newlines else len(text)
         yield encode(text[start:end]), end
         start = end
 

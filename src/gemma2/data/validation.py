@@ -104,7 +104,7 @@ def _encode_beginning(text: str, encode: Encode, room: int | None, eos_id: int) 
             tokens += ids
         return [*tokens, eos_id], len(text)
     start = 0
-    for ids, end in encode_slices(text, encode, min_characters=1):
+    for ids, end in encode_slices(text, encode, min_characters=0):
         if len(tokens) + len(ids) + (end == len(text)) > room:
             fitting, characters = _longest_fitting(text[start:end], encode, room - len(tokens))
             return [*tokens, *fitting], start + characters
