@@ -66,12 +66,26 @@ def _card(args: argparse.Namespace, config: Any, total: TextScore, samples: list
     entries = [json.loads(line) for line in (args.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [entry for entry in entries if entry["event"] == "step"][-1]
     count = config.count_parameters()
+    architecture = (
+        f"{config.num_hidden_layers} layers, local and global in turn; window {config.sliding_window} of "
+        f"{config.max_position_embeddings} tokens; caps {config.attn_logit_softcapping:g} and "
+        f"{config.final_logit_softcapping:g}; {config.num_attention_heads} query and {config.num_key_value_heads} "
+        f"key/value heads of {config.head_dim}; width {config.hidden_size}, MLP {config.intermediate_size}"
+    )
+    score = (
+        f"**{total.bits_per_byte:.4f} bits per byte**, perplexity {total.perplexity:.2f} a token "
+        f"({total.num_tokens:,} tokens, {total.num_bytes:,} bytes; windows of {config.max_position_embeddings} that "
+        f"overlap by half)"
+    )
+    validated = settings["data"]["validation_max_tokens"]
     curve = "\n".join(
         f"| {entry['step']:,} | {entry['tokens']:,} | {entry['loss']:.4f} | {entry['bits_per_byte']:.4f} |"
         for entry in entries
         if entry["event"] == "validation"
     )
-    texts = "\n\n".join(f"> **{prompt}**{text}\n>\n> (seed {seed})".replace("\n\n", "\n>\n> ") for prompt, seed, text in samples)
+    texts = "\n\n".join(
+        f"> **{prompt}**{text}\n>\n> (seed {seed})".replace("\n\n", "\n>\n> ") for prompt, seed, text in samples
+    )
     return f"""# The bundled model
 
 A Gemma 2 of {count.total:,} parameters ({count.embedding:,} of them in the tied embedding), trained from scratch by
@@ -81,19 +95,19 @@ was never tuned for chat; it repeats the prejudices of its sources. No weights o
 
 | | |
 | --- | --- |
-| architecture | {config.num_hidden_layers} layers, local and global in turn; window {config.sliding_window} of {config.max_position_embeddings} tokens; caps {config.attn_logit_softcapping} and {config.final_logit_softcapping}; {config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim} |
+| architecture | {architecture} |
 | vocabulary | {config.vocab_size:,}, byte-pair pieces trained on the same books, Gemma's control tokens |
 | data | 365 public-domain books in English, 140 MB of text |
 | tokens seen | {last["tokens"]:,} in {last["step"]:,} steps |
 | time | {last["seconds"] / 60:.0f} minutes on {args.machine} |
 | stored as | bfloat16 |
-| held-out books | **{total.bits_per_byte:.4f} bits per byte**, perplexity {total.perplexity:.2f} a token ({total.num_tokens:,} tokens, {total.num_bytes:,} bytes; window {config.max_position_embeddings}, stride {config.max_position_embeddings // 2}) |
+| held-out books | {score} |
 {args.note and chr(10) + args.note + chr(10)}
 ## Curve
 
 ![training and validation loss](loss.png)
 
-On the first {settings["data"]["validation_max_tokens"]:,} tokens of the held-out books, during training, in windows that do not overlap:
+During training, on the first {validated:,} tokens of the held-out books, in windows that do not overlap:
 
 | step | tokens | loss, nats per token | bits per byte |
 | ---: | ---: | ---: | ---: |

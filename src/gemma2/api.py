@@ -1,9 +1,9 @@
 """`gemma2.load(...)`: joins files, backend and tokenizer. The only place that chooses between them.
 
-    llm = gemma2.load()                            the bundled model
-    llm = gemma2.load("google/gemma-2-2b-it")      one that was pulled; or a folder
-    llm.generate("Once upon a time", max_tokens=64, temperature=0).text
-    for piece in llm.stream("Once upon a time"): ...
+llm = gemma2.load()                            the bundled model
+llm = gemma2.load("google/gemma-2-2b-it")      one that was pulled; or a folder
+llm.generate("Once upon a time", max_tokens=64, temperature=0).text
+for piece in llm.stream("Once upon a time"): ...
 """
 
 from __future__ import annotations
@@ -193,8 +193,6 @@ def load(
         raise MissingDependencyError(
             "running a model needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
         )
-    import torch
-
     from gemma2.model import TorchBackend, load_model
 
     if weights == "auto":

@@ -29,6 +29,7 @@ class Bytes:
     """A tokenizer whose tokens are bytes + 10."""
 
     bos_id = 2
+    vocab_size = 300
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         return [2] * add_bos + [byte + 10 for byte in text.encode()]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemma2.step import Backend, SequenceStep, StepBatch, TokenIds
+from gemma2.generation.scoring import score
+from gemma2.step import Backend
 from gemma2.text import Tokenizer
 
 
@@ -88,7 +89,16 @@ def score_texts(
         while scored < len(ids):
             last = min(len(ids), context if scored == 0 else scored + stride)
             first = max(0, last - context)
-            nats = _score_window(backend, tokenizer.bos_id, ids[first:last], last - scored, sequence_id)
+            window = np.concatenate([[tokenizer.bos_id], ids[first:last]]).astype(np.int32)
+            logprobs = score(
+                backend,
+                window,
+                sequence_id=sequence_id,
+                vocab_size=tokenizer.vocab_size,
+                max_num_batched_tokens=context,
+                num_scored=last - scored,
+            )
+            nats = -float(logprobs.sum(dtype=np.float64))
             sequence_id += 1
             total += TextScore(
                 nats=nats,
@@ -100,17 +110,3 @@ def score_texts(
     if total.num_tokens == 0:
         raise ValueError("there is no text to score: all of it is empty")
     return total
-
-
-def _score_window(backend: Backend, bos_id: int, ids: TokenIds, num_scored: int, sequence_id: int) -> float:
-    """-ln p of the last `num_scored` of `ids`, given <bos> and those before."""
-    inputs = np.concatenate([[bos_id], ids[:-1]]).astype(np.int32)
-    step = SequenceStep(sequence_id=sequence_id, token_ids=inputs, position=0, num_logits=num_scored)
-    try:
-        logits = backend.forward(StepBatch(steps=(step,)))
-    finally:
-        backend.free(sequence_id)
-    largest = logits.max(axis=1)
-    log_normalizer = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1, dtype=np.float64))
-    targets = logits[np.arange(num_scored), ids[-num_scored:]]
-    return float((log_normalizer - targets).sum())

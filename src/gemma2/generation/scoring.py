@@ -15,7 +15,13 @@ MAX_LOGITS_BYTES: Final = 128 * 2**20
 
 
 def score(
-    backend: Backend, token_ids: TokenIds, *, sequence_id: int, vocab_size: int, max_num_batched_tokens: int
+    backend: Backend,
+    token_ids: TokenIds,
+    *,
+    sequence_id: int,
+    vocab_size: int,
+    max_num_batched_tokens: int,
+    num_scored: int | None = None,
 ) -> npt.NDArray[np.float32]:
     """Computes the log-probability of each token after the first, given those before it.
 
@@ -25,28 +31,33 @@ def score(
         sequence_id: an id that the backend does not know yet.
         vocab_size: how many of the model's rows are words; more are padding.
         max_num_batched_tokens: the most tokens of one step.
+        num_scored: score only so many of the last tokens, 1 … n - 1; those before are context, and no logits are
+            computed for them. Left out: all n - 1.
 
     Returns:
-        (n - 1,) float32, base e.
+        (num_scored,) float32, base e.
 
     Raises:
         SamplingError: the logits hold NaN or infinity.
     """
     targets = token_ids[1:]
-    logprobs = np.empty(len(targets), dtype=np.float32)
+    first_scored = 0 if num_scored is None else len(targets) - num_scored
+    assert 0 <= first_scored <= len(targets)
+    logprobs = np.empty(len(targets) - first_scored, dtype=np.float32)
     bytes_per_token = 4 * backend.config.vocab_size
     chunk = max(1, min(max_num_batched_tokens, MAX_LOGITS_BYTES // bytes_per_token))
     try:
         for start in range(0, len(targets), chunk):
             end = min(start + chunk, len(targets))
+            scored = range(max(start, first_scored), end)
             step = SequenceStep(
-                sequence_id=sequence_id, token_ids=token_ids[start:end], position=start, num_logits=end - start
+                sequence_id=sequence_id, token_ids=token_ids[start:end], position=start, num_logits=len(scored)
             )
             logits = backend.forward(StepBatch(steps=(step,)))
-            for index in range(start, end):
-                row = logits[index - start, :vocab_size]
+            for index, logits_row in zip(scored, logits, strict=True):
+                row = logits_row[:vocab_size]
                 check_logits(row)
-                logprobs[index] = float(row[targets[index]]) - log_normalizer(row)
+                logprobs[index - first_scored] = float(row[targets[index]]) - log_normalizer(row)
     finally:
         backend.free(sequence_id)
     return logprobs
