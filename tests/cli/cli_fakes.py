@@ -6,11 +6,13 @@ Run as a program, this is `gemma2` with that model: for tests that need a termin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import numpy as np
@@ -43,9 +45,18 @@ class FakeBackend(Backend):
         context: tokens that it holds.
         seconds: how long each step takes.
         fail_at: the prompt, from 0, whose logits are NaN.
+        interrupt_at: the steps, from 0, at which Ctrl-C is pressed.
     """
 
-    def __init__(self, answers: Sequence[str] | None, *, context: int, seconds: float, fail_at: int) -> None:
+    def __init__(
+        self,
+        answers: Sequence[str] | None,
+        *,
+        context: int,
+        seconds: float,
+        fail_at: int,
+        interrupt_at: Collection[int],
+    ) -> None:
         tokenizer = character_tokenizer()
         self._config = Gemma2Config(
             hidden_size=8,
@@ -61,6 +72,8 @@ class FakeBackend(Backend):
         self._answers = answers
         self._seconds = seconds
         self._fail_at = fail_at
+        self._interrupt_at = interrupt_at
+        self._num_steps = 0
         self.prompts: list[list[int]] = []
         """The token ids of each prompt."""
         self._numbers: dict[int, int] = {}
@@ -72,6 +85,9 @@ class FakeBackend(Backend):
 
     def forward(self, batch: StepBatch) -> Logits:
         time.sleep(self._seconds)
+        self._num_steps += 1
+        if self._num_steps - 1 in self._interrupt_at:
+            signal.raise_signal(signal.SIGINT)
         rows = []
         for step in batch.steps:
             if step.sequence_id not in self._numbers:
@@ -113,6 +129,7 @@ class FakeLLM(LLM):
         context: as for `FakeBackend`.
         seconds: as for `FakeBackend`.
         fail_at: as for `FakeBackend`.
+        interrupt_at: as for `FakeBackend`.
     """
 
     def __init__(
@@ -123,8 +140,11 @@ class FakeLLM(LLM):
         context: int = 400,
         seconds: float = 0.0,
         fail_at: int = -1,
+        interrupt_at: Collection[int] = (),
     ) -> None:
-        self.fake_backend = FakeBackend(answers, context=context, seconds=seconds, fail_at=fail_at)
+        self.fake_backend = FakeBackend(
+            answers, context=context, seconds=seconds, fail_at=fail_at, interrupt_at=interrupt_at
+        )
         super().__init__(self.fake_backend, character_tokenizer(), is_chat_tuned=is_chat_tuned)
 
     @property
@@ -134,9 +154,14 @@ class FakeLLM(LLM):
 
 
 if __name__ == "__main__":
+    import fcntl
+    import termios
+
     import gemma2.api
     from gemma2.cli.main import main
 
+    with contextlib.suppress(OSError):  # in a terminal, its Ctrl-C shall reach this process
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     fake = FakeLLM(**json.loads(os.environ["FAKE_MODEL"]))
-    gemma2.api.load = lambda *args, **options: fake  # type: ignore[misc]
+    gemma2.api.load = lambda *args, **options: fake
     sys.exit(main())
