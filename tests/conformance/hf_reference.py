@@ -26,12 +26,14 @@ Weights = Mapping[str, npt.NDArray[np.float32]]
 
 def hf_config(config: Gemma2Config) -> Any:
     """The same architecture as a transformers config with eager attention."""
-    return transformers.Gemma2Config(**config.to_dict(), attn_implementation="eager")
+    values: dict[str, Any] = {**config.to_dict(), "attn_implementation": "eager"}
+    return transformers.Gemma2Config(**values)
 
 
 def hf_model(config: Gemma2Config, weights: Weights, dtype: torch.dtype) -> Any:
     """transformers' model with these weights; build and run a float64 one inside `float64_casts`."""
-    model = modeling_gemma2.Gemma2ForCausalLM(hf_config(config)).eval()
+    model: Any = modeling_gemma2.Gemma2ForCausalLM(hf_config(config))
+    model.eval()
     state = {name: torch.from_numpy(value).to(dtype) for name, value in weights.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)

@@ -77,10 +77,10 @@ def test_several_sequences_in_one_batch(spec: BackendSpec) -> None:
                 steps.append(step(number, part, seen[number], len(part)))
                 seen[number] += len(part)
         logits = backend.forward(StepBatch(steps=tuple(steps)))
-        assert logits.shape == (sum(part.num_logits for part in steps), BASE.vocab_size)
-        for part in steps:
-            rows[part.sequence_id].append(logits[: part.num_logits])
-            logits = logits[part.num_logits :]
+        assert logits.shape == (sum(done.num_logits for done in steps), BASE.vocab_size)
+        for done in steps:
+            rows[done.sequence_id].append(logits[: done.num_logits])
+            logits = logits[done.num_logits :]
     for number in texts:
         assert excess(spec.precision, BASE, np.concatenate(rows[number]), length=LENGTH) <= 1
 

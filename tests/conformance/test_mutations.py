@@ -150,10 +150,9 @@ def embedding_unscaled(patch: pytest.MonkeyPatch) -> None:
 def key_heads_interleaved(patch: pytest.MonkeyPatch) -> None:
     def mutated(q_BKGLH: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
         """Query head n meets key head n % K in the place of n // G."""
-        num_kv_heads, num_groups = q_BKGLH.shape[1:3]
-        q = q_BKGLH.flatten(1, 2).unflatten(1, (num_groups, num_kv_heads)).transpose(1, 2)
-        out = capped_attention(q, k, v, **given)
-        return out.unflatten(2, (num_kv_heads, num_groups)).transpose(2, 3).flatten(2, 3)
+        B, K, G, L, H = q_BKGLH.shape
+        out = capped_attention(q_BKGLH.reshape(B, G, K, L, H).transpose(1, 2), k, v, **given)
+        return out.view(B, L, K, G, H).transpose(2, 3).reshape(B, L, G * K, H)
 
     patch.setattr(modeling, "capped_attention", mutated)
 

@@ -77,7 +77,7 @@ def test_chunks_of_a_left_padded_batch(model: Gemma2ForCausalLM) -> None:
         cache = KVCache(BASE)
         pieces = [
             model(part, segment_ids=part_mask, past_key_values=cache)
-            for part, part_mask in zip(ids.split(size, dim=1), mask.split(size, dim=1), strict=True)
+            for part, part_mask in zip(torch.split(ids, size, dim=1), torch.split(mask, size, dim=1), strict=True)
         ]
         logits = torch.cat(pieces, dim=1).numpy()
         assert np.isfinite(logits).all()
@@ -97,14 +97,14 @@ def test_holes_in_a_mask(model: Gemma2ForCausalLM) -> None:
     cache = KVCache(BASE)
     pieces = [
         model(part[None], segment_ids=part_mask, past_key_values=cache)
-        for part, part_mask in zip(IDS.split(11), mask.split(11, dim=1), strict=True)
+        for part, part_mask in zip(torch.split(IDS, 11), torch.split(mask, 11, dim=1), strict=True)
     ]
     assert np.abs(torch.cat(pieces, dim=1)[:, kept].numpy() - without).max() <= TOLERANCE
 
 
 @torch.inference_mode()
 def test_holes_around_the_border_of_query_blocks(model: Gemma2ForCausalLM) -> None:
-    """The second block of 256 queries begins behind a hole: its window reaches further back than by counting columns."""
+    """The second block of 256 queries begins behind a hole: its window reaches further back than columns tell."""
     ids = torch.from_numpy(token_ids(BASE, 300).astype(np.int64))
     kept = torch.tensor([index for index in range(300) if not 248 <= index < 256])
     mask = torch.zeros(1, 300, dtype=torch.int64)
@@ -130,7 +130,7 @@ def test_packing_against_separate_runs(model: Gemma2ForCausalLM, size: int) -> N
                 position_ids=None if given is None else given[None, part],
                 past_key_values=cache,
             )
-            for part in torch.arange(LENGTH).split(size)
+            for part in torch.split(torch.arange(LENGTH), size)
         ]
         assert np.abs(torch.cat(pieces, dim=1)[0].numpy() - expected).max() <= TOLERANCE
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gemma2.config import FULL, SLIDING, Gemma2Config
-from gemma2.model import Gemma2ForCausalLM, KVCache
-from gemma2.model.kv_cache import GROWTH, has_gaps
+from gemma2.model import Gemma2ForCausalLM, KVCache, kv_cache
+from gemma2.model.kv_cache import has_gaps
 
 CONFIG = Gemma2Config(
     hidden_size=16,
@@ -18,10 +18,19 @@ CONFIG = Gemma2Config(
     head_dim=4,
     query_pre_attn_scalar=4,
     vocab_size=64,
-    sliding_window=40,
+    sliding_window=20,
     max_position_embeddings=8192,
 )
 LOCAL = CONFIG.replace(layer_types=(SLIDING,) * 4)
+
+
+GROWTH = 16
+
+
+@pytest.fixture(autouse=True)
+def small_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that are renewed often, so that short sequences show what long ones do."""
+    monkeypatch.setattr(kv_cache, "GROWTH", GROWTH)
 
 
 def run(config: Gemma2Config, chunks: list[int], dtype: torch.dtype = torch.float32) -> list[int]:
@@ -40,23 +49,23 @@ def run(config: Gemma2Config, chunks: list[int], dtype: torch.dtype = torch.floa
 
 
 def test_local_layers_are_bounded_through_a_long_decode() -> None:
-    sizes = run(LOCAL, [30] + [1] * 800)
+    sizes = run(LOCAL, [15] + [1] * 200)
     assert max(sizes) <= LOCAL.kv_cache_bytes(LOCAL.sliding_window + 2 * GROWTH, bytes_per_value=4, bounded=False)
-    assert sizes[-1] == sizes[400], "after the window is full, nothing grows any more"
+    assert sizes[-1] == sizes[120], "after the window is full, nothing grows any more"
 
 
 def test_a_long_decode_of_alternating_layers() -> None:
-    run(CONFIG, [500] + [1] * 700)
+    run(CONFIG, [100] + [1] * 120)
 
 
 def test_bfloat16_takes_half() -> None:
-    chunks = [100, 300, 1]
+    chunks = [10, 30, 1]
     assert [2 * size for size in run(CONFIG, chunks, torch.bfloat16)] == run(CONFIG, chunks)
 
 
 def test_memory_comes_back_after_a_chunk_much_longer_than_the_window() -> None:
-    """4000 tokens at once; of a local layer's, 39 can still be seen."""
-    size = run(LOCAL, [4000])[-1]
+    """400 tokens at once; of a local layer's, 19 can still be seen."""
+    size = run(LOCAL, [400])[-1]
     assert size <= LOCAL.kv_cache_bytes(LOCAL.sliding_window + GROWTH, bytes_per_value=4, bounded=False)
 
 
@@ -64,23 +73,23 @@ def test_most_tokens_move_no_buffer() -> None:
     model, cache = Gemma2ForCausalLM(CONFIG), KVCache(CONFIG)
     moves = 0
     with torch.inference_mode():
-        for _ in range(1000):
+        for _ in range(200):
             before = cache.layers[1]._k_BKSH
             model.model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache)
             moves += cache.layers[1]._k_BKSH is not before
-    assert moves <= 5
+    assert moves <= 10
 
 
 def test_local_layers_of_a_padded_batch_are_bounded_too() -> None:
     model, cache = Gemma2ForCausalLM(LOCAL), KVCache(LOCAL)
-    mask = torch.ones(2, 60, dtype=torch.int64)
-    mask[0, :50] = 0
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :25] = 0
     with torch.inference_mode():
-        model(torch.zeros(2, 60, dtype=torch.int64), segment_ids=mask, past_key_values=cache)
-        assert cache.layers[0].num_tokens == 39
-        for _ in range(100):
+        model(torch.zeros(2, 30, dtype=torch.int64), segment_ids=mask, past_key_values=cache)
+        assert cache.layers[0].num_tokens == 19
+        for _ in range(40):
             model(torch.zeros(2, 1, dtype=torch.int64), past_key_values=cache)
-    assert [layer.num_tokens for layer in cache.layers] == [39] * 4
+    assert [layer.num_tokens for layer in cache.layers] == [19] * 4
 
 
 def test_a_cache_of_another_shape_is_refused() -> None:

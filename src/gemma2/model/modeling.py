@@ -114,8 +114,11 @@ class Gemma2Model(nn.Module):
     def __init__(self, config: Gemma2Config, *, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id, dtype=dtype, device=device
+        # Not drawn by nn.Embedding: that would be drawn over, and on "meta" it makes torch import for a second.
+        self.embed_tokens = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device),
+            freeze=False,
+            padding_idx=config.pad_token_id,
         )
         self.layers = nn.ModuleList(
             Gemma2DecoderLayer(config, index, dtype=dtype, device=device) for index in range(config.num_hidden_layers)

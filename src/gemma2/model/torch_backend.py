@@ -45,7 +45,8 @@ class TorchBackend:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._model.model.embed_tokens.weight.device
+        weight: Tensor = self._model.model.embed_tokens.weight
+        return weight.device
 
     @property
     def cache_bytes(self) -> int:
