@@ -105,3 +105,10 @@ def test_too_few_tokens_for_one_character(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "x.jsonl", ["é"])
     with pytest.raises(DataError, match="max_tokens = 1 has no room for the first character"):
         tokenize_for_validation(file, encode, sequence_length=64, batch_size=4, max_tokens=1)
+
+
+def test_the_end_of_a_document_counts_as_a_token_too(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", ["abc"])
+    for max_tokens, expected in ((3, encode("ab")), (4, [*encode("abc"), EOS])):
+        found = tokenize_for_validation(file, encode, sequence_length=64, batch_size=1, max_tokens=max_tokens)
+        assert labels(found) == sorted(expected)
