@@ -51,7 +51,7 @@ def run(config: Gemma2Config, chunks: list[int], dtype: torch.dtype = torch.floa
 def test_local_layers_are_bounded_through_a_long_decode() -> None:
     sizes = run(LOCAL, [15] + [1] * 200)
     assert max(sizes) <= LOCAL.kv_cache_bytes(LOCAL.sliding_window + 2 * GROWTH, bytes_per_value=4, bounded=False)
-    assert sizes[-1] == sizes[120], "after the window is full, nothing grows any more"
+    assert max(sizes[150:]) == max(sizes[50:150]), "after the window is full, nothing grows any more"
 
 
 def test_a_long_decode_of_alternating_layers() -> None:
