@@ -123,16 +123,19 @@ def tiny_config(**changes: int) -> Gemma2Config:
     return Gemma2Config(**sizes, query_pre_attn_scalar=16)
 
 
-@pytest.mark.parametrize("length", [64, 700])
-def test_activations_are_what_autograd_keeps(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "sizes"),  # each makes another part of the formula the largest
+    [(64, {}), (700, {}), (64, {"hidden_size": 512}), (64, {"intermediate_size": 2048}), (64, {"head_dim": 64})],
+)
+def test_activations_are_what_autograd_keeps(length: int, sizes: dict[str, int]) -> None:
     torch = pytest.importorskip("torch")
     from gemma2.model import Gemma2ForCausalLM
 
-    config = tiny_config()
+    config = tiny_config(**sizes)
     model = Gemma2ForCausalLM(config, dtype=torch.bfloat16)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
-    tensors = []
+    tensors = []  # held, so that no address is given out twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -145,13 +148,11 @@ def test_activations_are_what_autograd_keeps(length: int) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model(torch.arange(2 * length).view(2, length) % 100)
     planned = activation_bytes(config, batch_size=2, length=length, checkpointing=False)
-    assert sum(kept.values()) == pytest.approx(planned, rel=0.1)
+    assert sum(kept.values()) == pytest.approx(planned, rel=0.05)
 
 
 @pytest.mark.parametrize(("chunk", "cached"), [(512, 0), (64, 900)])
-@pytest.mark.parametrize(
-    "sizes", [{}, {"intermediate_size": 4096}, {"num_attention_heads": 8, "num_key_value_heads": 4}]
-)
+@pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 4096}, {"hidden_size": 1024}, {"num_attention_heads": 8}])
 def test_prefill_is_what_a_forward_pass_holds_at_its_peak(chunk: int, cached: int, sizes: dict[str, int]) -> None:
     torch = pytest.importorskip("torch")
     from torch.profiler import ProfilerActivity, profile

@@ -110,7 +110,8 @@ def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, byt
     """Peak of the activations while a chunk of a prompt goes through a layer, weights and cache not counted.
 
         residual stream              4 · C · D            before and after attention, its output, the normed input
-        the larger of
+        the largest of
+          a norm                     3 · C · D in float32 and its rounded output
           MLP                        3 · C · I            gate, up and their product
           attention                  2 · C · (N + K) · H  q, k, v and the output
             and scores               N · min(C, 256) · S  in float32 twice, before and after the softmax, and once
@@ -124,11 +125,12 @@ def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, byt
     """
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     stream = 4 * chunk_tokens * config.hidden_size * bytes_per_value
+    norm = (3 * 4 + bytes_per_value) * chunk_tokens * config.hidden_size
     mlp = 3 * chunk_tokens * config.intermediate_size * bytes_per_value
     bytes_per_score = 2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0)
     num_scores = config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys
     attention = 2 * chunk_tokens * heads * bytes_per_value + num_scores * bytes_per_score
-    return stream + max(mlp, attention)
+    return stream + max(norm, mlp, attention)
 
 
 # -- training -------------------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def _print_running(console: Console, setup: Setup) -> None:
         table.add_row(plan.weight_format, *map(format_bytes, sizes), *cells)
     console.print(table)
     if setup.places:
-        console.print(f"Up to so many sequences of {setup.context:,} tokens at once.", style="dim")
+        console.print(f"“up to”: so many sequences of {setup.context:,} tokens fit at once.", style="dim")
     whole = logits_bytes(setup.config, setup.context * setup.batch_size)
     console.print(
         f"Prefill takes {setup.chunk_tokens:,} tokens at a time. One row of logits a sequence; all {setup.context:,} "
@@ -291,7 +291,7 @@ def _print_training(console: Console, setup: Setup, kind: str, plans: dict[bool,
     if kind != "full":
         count = adapter_parameters(setup.config, rank=setup.rank, modules=setup.modules)
         console.print(f"{count:,} parameters are trained, in {', '.join(setup.modules)}")
-    table = make_table(console, "", "plain", "with checkpointing")
+    table = make_table(console, "", "without checkpointing", "with it")
     labels = {
         "weights": {
             "full": "weights, bf16",
