@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from gemma2.checkpoints import open_checkpoint, resolve_model
 from gemma2.config import Gemma2Config
-from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, nearest_name
-from gemma2.generation import Completion, Engine
+from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, SamplingError, nearest_name
+from gemma2.generation import Completion, Engine, Prompt
 from gemma2.sampling import SamplingParams
 from gemma2.step import Backend, Logits
 from gemma2.text import Message, Tokenizer, encode_chat
@@ -43,8 +43,9 @@ class LLM:
         tokenizer: text to ids and back.
         backend: what computes; see `gemma2.step.Backend`.
         engine: many requests at once, step by step; see `gemma2.generation.Engine`.
-        is_chat_tuned: whether the model was tuned on the chat format. Taken for so if its `generation_config.json`
-            ends answers at <end_of_turn>, as Google's "-it" models' does, or its name ends in "-it".
+        is_chat_tuned: whether the model was tuned on the chat format. No file says so; it is taken for so if its
+            `generation_config.json` (or `config.json`) ends answers at <end_of_turn>, as Google's "-it" models' does,
+            or its name ends in "-it". A chat template says nothing: tokenizers carry it before any tuning.
     """
 
     def __init__(
@@ -67,9 +68,7 @@ class LLM:
         return self.backend.config
 
     @overload
-    def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options: Any
-    ) -> Completion: ...
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Completion: ...
     @overload
     def generate(
         self, prompt: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | None = None, **options: Any
@@ -96,9 +95,7 @@ class LLM:
             return self.engine.generate([prompt], own)[0]
         return self.engine.generate(prompt, own)
 
-    def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **options: Any
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[str]:
         """Continues a text and gives out each piece as soon as it is certain; arguments as `generate`.
 
         Mistakes are raised here and now, before the first piece is asked for. Closing the iterator ends the request.
@@ -146,6 +143,10 @@ class LLM:
         return self.engine.logits(token_ids)
 
     def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise SamplingError(
+                f"params must be a SamplingParams, but is {params!r:.80}; options go by name, as in max_tokens=64"
+            )
         own = (SamplingParams() if params is None else params).replace(**options)
         if self._stop_token_ids and not own.ignore_eos:
             own = own.replace(stop_token_ids=(*own.stop_token_ids, *self._stop_token_ids))
@@ -182,6 +183,8 @@ def load(
     if backend == "cpu" or weights in ("q8", "q4"):
         asked = f"backend={backend!r}" if backend == "cpu" else f"weights={weights!r}"
         raise ConfigError(f"{asked} needs the compiled CPU engine, which this version does not have; leave it out")
+    if model is None and revision is not None:
+        raise ConfigError(f"the bundled model has no revision {revision!r}; name a model on the hub, or leave it out")
     if model is None and not BUNDLED_FOLDER.is_dir():
         raise CheckpointError(f"{BUNDLED_FOLDER}: this installation has no bundled model; name a folder or a model")
     folder = BUNDLED_FOLDER if model is None else resolve_model(model, revision=revision)
@@ -227,22 +230,25 @@ def _torch_device(name: str | None) -> torch.device:
 
 
 def _generation_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """What ends an answer by the folder's generation_config.json; empty if it does not say."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return frozenset()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        eos = values.get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a JSON object: {error}") from None
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    for token_id in ids:
-        if not isinstance(token_id, int) or not 0 <= token_id < config.vocab_size:
-            raise CheckpointError(
-                f"{path}: eos_token_id must hold token ids from 0 to {config.vocab_size - 1}, but holds {token_id!r}"
-            )
-    return frozenset(ids)
+    """What ends an answer by the folder's generation_config.json, or else its config.json; empty if neither says."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if not path.is_file():
+            continue
+        try:
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as a JSON object: {error}") from None
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        for token_id in ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
+                raise CheckpointError(
+                    f"{path}: eos_token_id must hold token ids from 0 to {config.vocab_size - 1}, but holds "
+                    f"{token_id!r}"
+                )
+        return frozenset(ids)
+    return frozenset()
 
 
 def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:

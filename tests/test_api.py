@@ -1,0 +1,275 @@
+"""`gemma2.load` and what it gives: from a folder on disk to text, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gemma2
+from gemma2 import api
+from gemma2.api import LLM
+from gemma2.checkpoints import save_checkpoint
+from gemma2.config import Gemma2Config
+from gemma2.errors import (
+    ChatFormatError,
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    Gemma2Error,
+    MissingDependencyError,
+    SamplingError,
+    TokenizerError,
+)
+from gemma2.model import Gemma2ForCausalLM, TorchBackend, state_arrays
+from gemma2.sampling import SamplingParams
+from gemma2.text import Tokenizer, encode_chat, train_tokenizer
+
+SENTENCE = "the cat sees a dog then slowly runs from old house to new green river and she was where he is. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with a tokenizer of its own; the weights are random, the vocabulary has rows to spare."""
+    root = tmp_path_factory.mktemp("api")
+    train_tokenizer([SENTENCE * 4] * 10, vocab_size=490, folder=root / "tokenizer")
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        vocab_size=500,
+        sliding_window=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    model = Gemma2ForCausalLM(config, dtype=torch.bfloat16)
+    model.initialize(torch.Generator().manual_seed(0))
+    files = list((root / "tokenizer").iterdir())
+    return save_checkpoint(root / "model", config, state_arrays(model), tokenizer_files=files)
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    """The folder's model on the CPU."""
+    return gemma2.load(folder, device="cpu")
+
+
+def copy_of(folder: Path, target: Path, **files: object) -> Path:
+    """A second folder with the same weights and some JSON files replaced or added."""
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    for name, values in files.items():
+        path = target / f"{name}.json"
+        path.unlink(missing_ok=True)
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return target
+
+
+# -- What it gives ------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_and_several(llm: LLM) -> None:
+    one = llm.generate("the cat", max_tokens=6, temperature=0, ignore_eos=True)
+    assert isinstance(one.text, str) and len(one.token_ids) == 6 and one.finish_reason == "length"
+    several = llm.generate(["a dog", "the cat", "she"], max_tokens=6, temperature=0, ignore_eos=True)
+    assert [len(each.token_ids) for each in several] == [6, 6, 6]
+    assert several[1].token_ids == one.token_ids and several[1].text == one.text
+    ids = llm.tokenizer.encode("the cat")
+    assert llm.generate(ids, max_tokens=6, temperature=0, ignore_eos=True).token_ids == one.token_ids
+    assert llm.generate(np.array(ids), max_tokens=6, temperature=0, ignore_eos=True).token_ids == one.token_ids
+    assert [each.token_ids for each in llm.generate([ids], max_tokens=6, temperature=0, ignore_eos=True)] == [
+        one.token_ids
+    ]
+    nothing: list[str] = []
+    assert len(llm.generate(nothing, max_tokens=6)) == 0
+
+
+def test_greedy_text_is_what_the_logits_say(llm: LLM) -> None:
+    completion = llm.generate("the cat", max_tokens=8, temperature=0, ignore_eos=True)
+    ids = [*completion.prompt_token_ids, *completion.token_ids]
+    logits = llm.logits(ids)
+    assert logits.shape == (len(ids), 500) and logits.dtype == np.float32 and np.abs(logits).max() <= 30
+    drawn = logits[len(completion.prompt_token_ids) - 1 : -1, : llm.tokenizer.vocab_size].argmax(-1)
+    assert tuple(drawn.tolist()) == completion.token_ids
+
+
+def test_params_and_options_join(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    assert len(llm.generate("the cat", params).token_ids) == 3
+    assert len(llm.generate("the cat", params, max_tokens=5).token_ids) == 5
+    drawn = [llm.generate("the cat", SamplingParams(seed=seed), max_tokens=9).token_ids for seed in (4, 4, 5)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_stream_joins_to_the_text(llm: LLM) -> None:
+    whole = llm.generate("the cat", max_tokens=12, temperature=0, ignore_eos=True)
+    pieces = list(llm.stream("the cat", max_tokens=12, temperature=0, ignore_eos=True))
+    assert "".join(pieces) == whole.text and all(pieces)
+
+
+def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
+    stream = llm.stream("the cat", max_tokens=30, temperature=0, ignore_eos=True)
+    next(stream)
+    assert llm.engine.num_running == 1
+    del stream
+    assert llm.engine.num_running == 0
+    assert isinstance(llm.backend, TorchBackend) and llm.backend.cache_bytes == 0
+
+
+def test_chat_reads_the_chat_format(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "the cat"}]
+    answer = llm.chat(messages, max_tokens=5, temperature=0, ignore_eos=True)
+    assert list(answer.prompt_token_ids) == encode_chat(llm.tokenizer, messages)
+    assert answer.prompt_token_ids.count(llm.tokenizer.bos_id) == 1
+    with pytest.raises(ChatFormatError):
+        llm.chat([{"role": "system", "content": "be brief"}, *messages], strict_system=True)
+    llm.chat([{"role": "system", "content": "be brief"}, *messages], max_tokens=1)
+
+
+def test_config_and_tokenizer(llm: LLM, folder: Path) -> None:
+    assert llm.config == Gemma2Config.from_json_file(folder)
+    assert llm.tokenizer.decode(llm.tokenizer.encode("the cat sees")) == "the cat sees"
+
+
+# -- Which weights, which stop tokens -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "small", "dtype"),
+    [
+        ("auto", 10**9, torch.float32),
+        ("auto", 0, torch.bfloat16),
+        ("float32", 0, torch.float32),
+        ("bfloat16", 10**9, torch.bfloat16),
+    ],
+)
+def test_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str, small: int, dtype: torch.dtype) -> None:
+    """ "auto" is float32 for a small model, and what the files hold for a large one."""
+    monkeypatch.setattr(api, "SMALL_MODEL_PARAMETERS", small)
+    backend = gemma2.load(folder, weights=weights, backend="torch", device="cpu").backend
+    assert isinstance(backend, TorchBackend)
+    assert backend._model.model.norm.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("file", ["generation_config", "config"])
+def test_stop_tokens_of_the_folder_end_the_text(folder: Path, tmp_path: Path, file: str) -> None:
+    plain = gemma2.load(folder, device="cpu")
+    told = plain.generate("the cat", max_tokens=8, temperature=0)
+    assert told.finish_reason == "length", "the test needs a text of ordinary tokens"
+    stop = told.token_ids[3]
+    values = {} if file == "generation_config" else json.loads((folder / "config.json").read_text())
+    stopping = gemma2.load(
+        copy_of(folder, tmp_path / "model", **{file: {**values, "eos_token_id": [1, stop]}}), device="cpu"
+    )
+    completion = stopping.generate("the cat", max_tokens=8, temperature=0)
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids == told.token_ids[: told.token_ids.index(stop) + 1]
+    assert stopping.generate("the cat", max_tokens=8, temperature=0, ignore_eos=True).finish_reason == "length"
+    assert not stopping.is_chat_tuned
+
+
+def test_what_counts_as_chat_tuned(folder: Path, tmp_path: Path) -> None:
+    end_of_turn = Tokenizer.from_folder(folder).end_of_turn_id
+    assert (folder / "tokenizer_config.json").is_file(), "a chat template alone does not make a chat model"
+    assert not gemma2.load(folder, device="cpu").is_chat_tuned
+    tuned = copy_of(folder, tmp_path / "a", generation_config={"eos_token_id": [1, end_of_turn]})
+    assert gemma2.load(tuned, device="cpu").is_chat_tuned
+    base = copy_of(folder, tmp_path / "b", generation_config={"eos_token_id": 1})
+    assert not gemma2.load(base, device="cpu").is_chat_tuned
+    assert gemma2.load(copy_of(folder, tmp_path / "gemma-2-2b-it"), device="cpu").is_chat_tuned
+
+
+def test_the_bundled_model_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "BUNDLED_FOLDER", folder)
+    bundled = gemma2.load(device="cpu")
+    assert bundled.config == Gemma2Config.from_json_file(folder) and not bundled.is_chat_tuned
+
+
+# -- Mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"backend": "cpu"}, ConfigError, r"backend='cpu' needs the compiled CPU engine, which this version does not"),
+        ({"weights": "q8"}, ConfigError, r"weights='q8' needs the compiled CPU engine"),
+        ({"weights": "q4"}, ConfigError, r"weights='q4' needs the compiled CPU engine"),
+        ({"backend": "torchh"}, ConfigError, r"backend must be one of .* but is 'torchh'. Did you mean 'torch'\?"),
+        ({"weights": "bf16"}, ConfigError, r"weights must be one of auto, float32, bfloat16, q8, q4, but is 'bf16'"),
+        ({"device": "gpu"}, ConfigError, r"device must be cpu, cuda or cuda:N, but is 'gpu'"),
+        ({"device": "meta"}, ConfigError, r"device must be cpu, cuda or cuda:N, but is 'meta'"),
+        ({"device": "cuda:99"}, ConfigError, r"device is 'cuda:99', but torch sees"),
+        ({"revision": "main"}, CheckpointError, r"has no revision 'main'"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    folder: Path, arguments: dict[str, str], error: type[Gemma2Error], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        gemma2.load(folder, **arguments)
+
+
+def test_models_that_cannot_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        gemma2.load(tmp_path / "nothing here")
+    with pytest.raises(ConfigError, match="the bundled model has no revision 'v2'"):
+        gemma2.load(revision="v2")
+    monkeypatch.setattr(api, "BUNDLED_FOLDER", tmp_path / "no bundle")
+    with pytest.raises(CheckpointError, match="this installation has no bundled model"):
+        gemma2.load()
+    without_tokenizer = tmp_path / "without tokenizer"
+    without_tokenizer.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (without_tokenizer / name).symlink_to(folder / name)
+    with pytest.raises(TokenizerError, match=r"needs a tokenizer.json or a tokenizer.model"):
+        gemma2.load(without_tokenizer)
+    broken = copy_of(folder, tmp_path / "broken", generation_config="{")
+    with pytest.raises(CheckpointError, match=r"generation_config.json: cannot be read as a JSON object"):
+        gemma2.load(broken)
+    for wrong in (500, -1, "1", True):
+        outside = copy_of(folder, tmp_path / f"outside {wrong}", generation_config={"eos_token_id": [wrong]})
+        with pytest.raises(CheckpointError, match="eos_token_id must hold token ids from 0 to 499, but holds"):
+            gemma2.load(outside)
+
+
+def test_options_that_cannot_be(llm: LLM) -> None:
+    with pytest.raises(SamplingError, match=r"'temprature' is not a sampling parameter.*Did you mean 'temperature'"):
+        llm.generate("the cat", temprature=0)
+    with pytest.raises(SamplingError, match="max_tokens must be a whole number"):
+        llm.stream("the cat", max_tokens=0)
+    with pytest.raises(SamplingError, match="params must be a SamplingParams, but is 64; options go by name"):
+        llm.generate("the cat", 64)  # type: ignore[call-overload]
+    with pytest.raises(ContextLengthError):
+        llm.generate("the cat", max_tokens=64)
+    with pytest.raises(ContextLengthError):
+        llm.stream([5] * 64)
+    with pytest.raises(Gemma2Error):
+        llm.logits([])
+    with pytest.raises(Gemma2Error):
+        llm.logits([2, 500])
+    with pytest.raises(ContextLengthError):
+        llm.logits([2] * 65)
+
+
+def test_without_torch_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2.api.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'gemma2\[torch\]'"):
+        gemma2.load(folder)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, gemma2, gemma2.api; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
