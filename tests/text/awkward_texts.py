@@ -1,4 +1,4 @@
-"""Texts on which tokenizers go wrong, each for its own reason."""
+"""Texts on which tokenizers go wrong, each for its own reason; and one to train a small tokenizer on."""
 
 AWKWARD_TEXTS: dict[str, str] = {
     "empty": "",
@@ -44,3 +44,13 @@ LONG_SPACES: dict[str, str] = {
     for count in (2, 15, 16, 17, 30, 31, 32, 33, 47, 62, 63, 100)
     for text in (" " * count + "x" + " " * count + "\n" + " " * count,)
 }
+
+TRAINING_TEXT = """The north wind and the sun were disputing which was the stronger, when a traveller came along
+wrapped in a warm cloak. They agreed that the one who first succeeded in making the traveller take his cloak off
+should be considered stronger than the other.\r\nThen the north wind blew as hard as he could, but the more he blew
+the more closely did the traveller fold his cloak around him; and at last the north wind gave up the attempt.
+
+Then the sun shone out warmly, and immediately the traveller took off his cloak. And so the north wind was obliged
+to confess that the sun was the stronger of the two. ¿Qué será, señor? Año 1984, 27 leguas. 你好，世界。你好！
+    for row in range(10):\n        print(row, {"row": row})\n ------------ aaaaaaaaaaaaaaaa abababababab ============
+"""

@@ -4,18 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from awkward_texts import TRAINING_TEXT
 
 from gemma2.text import Tokenizer, train_tokenizer
-
-TRAINING_TEXT = """The north wind and the sun were disputing which was the stronger, when a traveller came along
-wrapped in a warm cloak. They agreed that the one who first succeeded in making the traveller take his cloak off
-should be considered stronger than the other.\r\nThen the north wind blew as hard as he could, but the more he blew
-the more closely did the traveller fold his cloak around him; and at last the north wind gave up the attempt.
-
-Then the sun shone out warmly, and immediately the traveller took off his cloak. And so the north wind was obliged
-to confess that the sun was the stronger of the two. ¿Qué será, señor? Año 1984, 27 leguas. 你好，世界。你好！
-    for row in range(10):\n        print(row, {"row": row})\n ------------ aaaaaaaaaaaaaaaa abababababab ============
-"""
 
 
 @pytest.fixture(scope="session")

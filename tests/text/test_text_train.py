@@ -1,10 +1,11 @@
 """Training a tokenizer: the same files every time, Gemma's rules, and errors that say what to change."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
-from conftest import TRAINING_TEXT
+from awkward_texts import TRAINING_TEXT
 
 from gemma2.errors import TokenizerError
 from gemma2.text import Tokenizer, train_tokenizer
@@ -50,9 +51,12 @@ def test_long_lines_are_cut_and_not_passed_over(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_cut_before_a_space(tmp_path: Path) -> None:
-    # Lines of 100 bytes are read in parts of at most 25 characters: cut anywhere, "unforgettable" would come in halves.
-    train_tokenizer(["unforgettable " * 60], vocab_size=493, folder=tmp_path, max_sentence_bytes=100)
-    assert Tokenizer.from_folder(tmp_path).piece_to_id("▁unforgettable")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcde", k=draw.randint(4, 9))) for _ in range(300)]
+    for folder, longest in (("cut", 64), ("whole", 10_000)):
+        train_tokenizer([" ".join(words)], vocab_size=600, folder=tmp_path / folder, max_sentence_bytes=longest)
+    cut, whole = ((tmp_path / folder / "tokenizer.json").read_bytes() for folder in ("cut", "whole"))
+    assert cut == whole
 
 
 def test_a_line_is_not_taken_to_begin_with_a_space(tmp_path: Path) -> None:

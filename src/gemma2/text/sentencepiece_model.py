@@ -86,7 +86,7 @@ def with_control_pieces(data: bytes, names: Collection[str], *, source: str) -> 
 
     Args:
         data: the contents of the file.
-        names: pieces that are no text; the unknown piece stays as it is (SentencePiece needs it, and never finds it).
+        names: pieces that are no text; <unk> stays as it is (SentencePiece never finds it, and older versions need it).
         source: what to call the file in errors.
 
     Raises:
