@@ -100,6 +100,24 @@ def test_an_array_outlives_the_checkpoint_and_the_folder(tmp_path: Path) -> None
     assert array.tobytes() == tensors[Q].tobytes()
 
 
+def test_bytes_may_be_read_into_a_buffer(tmp_path: Path) -> None:
+    tensors = random_tensors(dtype="bfloat16")
+    tensor = open_checkpoint(write_model(tmp_path, tensors)).tensors[Q]
+    stored = tensors[Q].tobytes()
+    assert tensor.raw_bytes().tobytes() == stored
+    for first_byte, size in [(0, len(stored)), (7, 100), (len(stored) - 1, 1), (len(stored), 0)]:
+        buffer = np.full(size, 99, np.uint8)
+        tensor.read_into(buffer, first_byte=first_byte)
+        assert buffer.tobytes() == stored[first_byte : first_byte + size]
+    for first_byte, size in [(1, len(stored)), (-1, 1)]:
+        with pytest.raises(ValueError, match="cannot read"):
+            tensor.read_into(np.empty(size, np.uint8), first_byte=first_byte)
+    with tensor.file.open("r+b") as stream:
+        stream.truncate(tensor._start + 10)
+    with pytest.raises(CheckpointError, match="is truncated: it ends inside"):
+        tensor.read_into(np.empty(20, np.uint8))
+
+
 def test_dtypes_may_be_mixed(tmp_path: Path) -> None:
     tensors = random_tensors(dtype="bfloat16")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
@@ -186,6 +204,10 @@ def test_a_head_of_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
     for head in (embedding[:-1], embedding.astype(ml_dtypes.bfloat16)):
         tensors["lm_head.weight"] = head
         assert "lm_head.weight differs" in refusal(write_model(tmp_path, tensors))
+    # The same bytes, but other numbers.
+    tensors = random_tensors(dtype="bfloat16")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].view(np.float16)
+    assert "lm_head.weight differs" in refusal(write_model(tmp_path, tensors))
 
 
 # -- Tensors that do not fit ------------------------------------------------------------------------------------

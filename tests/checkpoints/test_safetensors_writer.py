@@ -68,7 +68,9 @@ def test_shards_are_filled_in_order_up_to_the_limit(tmp_path: Path) -> None:
     sizes = {file: sum(tensors[name].nbytes for name, owner in weight_map.items() if owner == file) for file in files}
     # The embedding, 12480 bytes, is above the limit and has a file to itself.
     assert sizes.pop(weight_map["model.embed_tokens.weight"]) == 12_480
-    assert all(size <= 12_000 for size in sizes.values())
+    filled = list(sizes.values())
+    assert all(size <= 12_000 for size in filled)
+    assert all(filled[index] + filled[index + 1] > 12_000 for index in range(len(filled) - 1))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
 
@@ -151,6 +153,18 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     total = open_checkpoint(tmp_path).num_bytes
     assert total > 19_000_000
     assert peak < 2_000_000  # the largest tensor has 0.5 MB
+
+
+def test_a_large_tensor_is_converted_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma2.checkpoints.safetensors_writer._CHUNK_BYTES", 100_000)
+    config = SMALL.replace(vocab_size=50_000)
+    tensors = random_tensors(config)
+    assert tensors["model.embed_tokens.weight"].nbytes == 4_800_000
+    tracemalloc.start()
+    save_checkpoint(tmp_path, config, tensors.items(), dtype="bfloat16")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 # -- transformers -----------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def choose_files(repo_id: str, names: list[str], read: Callable[[str], bytes]) -
 
     Args:
         repo_id: what to call the repository in errors.
-        names: all its files, with their folders. Only the top is looked at: folders hold other formats and old runs.
+        names: all its files, with their folders. What lies in a folder is left: other formats and old runs.
         read: gives the contents of a small file; asked for config.json and the index only.
 
     Returns:
@@ -211,15 +211,14 @@ def choose_files(repo_id: str, names: list[str], read: Callable[[str], bytes]) -
     Raises:
         DownloadError: there are no weights that can be read, or config.json is not that of a Gemma 2.
     """
-    top = [name for name in names if "/" not in name]
-    if SINGLE_FILE not in top and INDEX_FILE not in top:
-        raise DownloadError(f"{repo_id}: {explain_no_weights(top)}")
-    if CONFIG_FILE not in top:
+    if SINGLE_FILE not in names and INDEX_FILE not in names:
+        raise DownloadError(f"{repo_id}: {explain_no_weights(names)}")
+    if CONFIG_FILE not in names:
         raise DownloadError(f"{repo_id}: has no {CONFIG_FILE}, so nothing says which model its weights are")
-    chosen = [CONFIG_FILE, *(name for name in _FURTHER_FILES if name in top)]
+    chosen = [CONFIG_FILE, *(name for name in _FURTHER_FILES if name in names)]
     try:
         Gemma2Config.from_dict(parse_json_object(read(CONFIG_FILE)), source=CONFIG_FILE)
-        if INDEX_FILE not in top:
+        if INDEX_FILE not in names:
             return [*chosen, SINGLE_FILE]
         shards = list(dict.fromkeys(parse_index(read(INDEX_FILE), INDEX_FILE).values()))
     except ValueError as error:  # ours, which are ValueErrors too, and JSON's
