@@ -196,12 +196,13 @@ def load(
         raise MissingDependencyError(
             "running a model needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
         )
-    from gemma2.model import TorchBackend, load_model
+    from gemma2.model import TorchBackend, load_model, pack_linear_layers
 
     if weights == "auto":
         is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
         weights = "float32" if is_small else "auto"
     loaded = load_model(checkpoint, dtype=weights, device=_torch_device(device))
+    pack_linear_layers(loaded)  # it will only be run
     return LLM(
         TorchBackend(loaded),
         tokenizer,

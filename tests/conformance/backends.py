@@ -13,7 +13,7 @@ from cases import divergence, reference
 from hf_reference import Weights
 
 from gemma2.config import Gemma2Config
-from gemma2.model import Gemma2ForCausalLM, TorchBackend
+from gemma2.model import Gemma2ForCausalLM, TorchBackend, pack_linear_layers
 from gemma2.step import Backend, Logits, SequenceStep, StepBatch
 
 Precision = Literal["float32", "bfloat16"]
@@ -44,9 +44,17 @@ def _torch(dtype: torch.dtype, device: str) -> Callable[[Gemma2Config, Weights],
     return lambda config, weights: TorchBackend(torch_model(config, weights, dtype, device))
 
 
+def _packed(config: Gemma2Config, weights: Weights) -> Backend:
+    """As `gemma2.load` makes it on a CPU."""
+    model = torch_model(config, weights, torch.bfloat16)
+    pack_linear_layers(model)
+    return TorchBackend(model)
+
+
 BACKENDS = (
     BackendSpec("torch-float32", "float32", _torch(torch.float32, "cpu")),
     BackendSpec("torch-bfloat16", "bfloat16", _torch(torch.bfloat16, "cpu")),
+    BackendSpec("torch-bfloat16-packed", "bfloat16", _packed),
     BackendSpec("torch-float32-cuda", "float32", _torch(torch.float32, "cuda"), device="cuda"),
     BackendSpec("torch-bfloat16-cuda", "bfloat16", _torch(torch.bfloat16, "cuda"), device="cuda"),
 )
