@@ -322,3 +322,18 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -
 def test_a_missing_file_says_what_was_needed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: no such file; a model folder needs its config\.json"):
         Gemma2Config.from_json_file(tmp_path)
+
+
+def test_written_numbers_have_the_types_that_transformers_asks_for() -> None:
+    config = preset("2b").replace(
+        query_pre_attn_scalar=7.0, attn_logit_softcapping=50, final_logit_softcapping=None, rms_norm_eps=1
+    )
+    values = config.to_dict()
+    assert isinstance(values["query_pre_attn_scalar"], int)
+    assert isinstance(values["attn_logit_softcapping"], float)
+    assert values["final_logit_softcapping"] is None
+    assert isinstance(values["rms_norm_eps"], float)
+    assert Gemma2Config.from_dict(values) == config
+    transformers = pytest.importorskip("transformers")
+    values.pop("architectures")
+    assert transformers.Gemma2Config(**values).query_pre_attn_scalar == 7

@@ -24,6 +24,13 @@ SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
 LAYER_TYPES: Final = (SLIDING, FULL)
 ACTIVATIONS: Final = ("gelu_pytorch_tanh",)
+_FLOATS: Final = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rms_norm_eps",
+    "rope_theta",
+    "initializer_range",
+)
 
 
 def alternating_layer_types(num_hidden_layers: int) -> tuple[str, ...]:
@@ -291,6 +298,12 @@ class Gemma2Config:
         """
         values = dataclasses.asdict(self)
         values["layer_types"] = list(self.layer_types)
+        # transformers 5 checks types: a whole number for this one, floats for the others.
+        if float(self.query_pre_attn_scalar).is_integer():
+            values["query_pre_attn_scalar"] = int(self.query_pre_attn_scalar)
+        for name in _FLOATS:
+            if values[name] is not None:
+                values[name] = float(values[name])
         values.update(
             architectures=["Gemma2ForCausalLM"],
             model_type="gemma2",
