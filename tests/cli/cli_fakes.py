@@ -130,6 +130,7 @@ class FakeLLM(LLM):
         seconds: as for `FakeBackend`.
         fail_at: as for `FakeBackend`.
         interrupt_at: as for `FakeBackend`.
+        stop_token_ids: what ends its texts besides <eos> and <end_of_turn>.
     """
 
     def __init__(
@@ -141,11 +142,14 @@ class FakeLLM(LLM):
         seconds: float = 0.0,
         fail_at: int = -1,
         interrupt_at: Collection[int] = (),
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         self.fake_backend = FakeBackend(
             answers, context=context, seconds=seconds, fail_at=fail_at, interrupt_at=interrupt_at
         )
-        super().__init__(self.fake_backend, character_tokenizer(), is_chat_tuned=is_chat_tuned)
+        super().__init__(
+            self.fake_backend, character_tokenizer(), is_chat_tuned=is_chat_tuned, stop_token_ids=stop_token_ids
+        )
 
     @property
     def prompts(self) -> list[str]:

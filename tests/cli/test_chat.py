@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -13,10 +15,11 @@ from typing import Any
 import pytest
 from cli_fakes import FakeLLM
 from cli_terminal import Terminal
+from prompt_toolkit.utils import get_cwidth
 
 import gemma2.api
 from gemma2.cli import chat_screens
-from gemma2.cli.chat_screens import history_path
+from gemma2.cli.chat_screens import WrappingWriter, history_path
 from gemma2.cli.main import main
 
 Talk = Callable[..., tuple[int, str, str]]
@@ -101,8 +104,9 @@ def test_a_message_longer_than_the_context_is_refused_and_forgotten(talk: Talk) 
     assert "the message has 416 tokens, but the context holds 400" in err
     assert llm.prompts[1] == "<bos>" + _ANSWERED.format("a", "ok") + _TURN.format("c")
     # One that leaves hardly any room is answered as far as it goes.
-    llm = FakeLLM(["abcdef"], is_chat_tuned=True)
-    assert talk(llm, "hello", "b" * 381)[1] == "abcdef\nabc\n"
+    for options in ("", "--max-tokens 50"):
+        llm = FakeLLM(["abcdef"], is_chat_tuned=True)
+        assert talk(llm, "hello", "b" * 381, options=options)[1] == "abcdef\nabc\n"
 
 
 def test_a_failure_leaves_the_conversation_as_it_was(talk: Talk) -> None:
@@ -293,6 +297,17 @@ def test_saving_fails_without_a_trace(talk: Talk, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.md"]
 
 
+def test_a_full_disk_leaves_nothing_behind(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, target: Path) -> Path:
+        assert path.read_text() == "There was\n" and path.parent == target.parent
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    status, _, err = talk(FakeLLM([" was"]), "There", f"/save {tmp_path / 'text.md'}")
+    assert status == 1 and "cannot be written: No space left on device" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_programs_lists_of_messages_load(talk: Talk, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     file.write_text('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]')
@@ -397,6 +412,43 @@ def test_an_untuned_model_says_so_and_goes_on_alone(tmp_path: Path) -> None:
         terminal.wait_for("Enter sends")
         terminal.type("/exit\r")
         assert terminal.wait_for_end() == 0
+
+
+@pytest.mark.parametrize("length", [1, 3, 1000])
+def test_lines_break_between_words(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    text = "the quick brown fox jumps over the lazy dog\n\nand a_word_that_is_longer_than_a_line 日本語日本語日本語 end"
+    monkeypatch.setenv("COLUMNS", "21")  # 20 are used
+    stream = io.StringIO()
+    writer = WrappingWriter(stream)
+    for start in range(0, len(text), length):
+        writer.write(text[start : start + length])
+    assert _screen(stream.getvalue()) == [
+        "the quick brown fox ",
+        "jumps over the lazy ",
+        "dog",
+        "",
+        "and ",
+        "a_word_that_is_longe",
+        "r_than_a_line ",
+        "日本語日本語日本語 ",
+        "end",
+    ]
+
+
+def _screen(output: str) -> list[str]:
+    """What a terminal shows of the output: text, line breaks, cursor back and erase to the end of the line."""
+    lines = [""]
+    for part in re.findall(r"\x1b\[\d*[DK]|\n|[^\x1b\n]", output):
+        if part == "\n":
+            lines.append("")
+        elif part.endswith("D") and part[0] == "\x1b":
+            columns = int(part[2:-1])
+            while columns:
+                columns -= get_cwidth(lines[-1][-1])
+                lines[-1] = lines[-1][:-1]
+        elif part != "\x1b[K":
+            lines[-1] += part
+    return lines
 
 
 def test_history_goes_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

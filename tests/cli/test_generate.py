@@ -133,6 +133,15 @@ def test_chat_for_an_untuned_model_is_said_to_help_little(install: Install, caps
     assert llm.prompts == ["<bos><start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"] * 2
 
 
+def test_a_models_own_stop_tokens_end_its_texts(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = FakeLLM().tokenizer
+    install(FakeLLM(["abc.def"], stop_token_ids=tokenizer.encode(".", add_bos=False)))
+    assert main(["generate", "x"]) == 0
+    assert capsys.readouterr().out == "abc\n"
+    assert main(["generate", "x", "--ignore-eos", "--max-tokens", "7"]) == 0
+    assert capsys.readouterr().out == "abc.def\n"
+
+
 def test_several_texts_have_headings_with_their_seeds(
     install: Install, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

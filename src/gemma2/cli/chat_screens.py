@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, TextIO
 
 from gemma2.cli.chat_commands import COMMANDS
 from gemma2.cli.chat_session import WITHOUT
@@ -25,6 +25,50 @@ _PROMPT: Final = "> "
 _CONTINUED: Final = "  "
 _HINT: Final = "Enter sends · Alt-Enter begins a new line · /help · Ctrl-D leaves"
 _HINT_LEAVE: Final = "Ctrl-C again leaves"
+_NARROWEST: Final = 20
+
+
+class WrappingWriter(TextWriter):
+    """Writes to a terminal, and breaks lines between words.
+
+    A word is shown as soon as it begins. One that turns out not to fit is taken away again, and put on the next line.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        from prompt_toolkit.utils import get_cwidth
+
+        super().__init__(stream)
+        self._width_of = get_cwidth
+        self._column = 0
+        self._word = ""
+
+    def _lay_out(self, text: str) -> str:
+        # Not the last column: after it, terminals differ on where the cursor is.
+        width = max(_NARROWEST, shutil.get_terminal_size().columns - 1)
+        laid_out = []
+        for character in text:
+            if character == "\n":
+                self._column, self._word = 0, ""
+            elif character.isspace():
+                character = " "
+                self._word = ""
+                if self._column >= width:
+                    self._column, character = 0, "\n"
+                else:
+                    self._column += 1
+            else:
+                if self._column + self._width_of(character) > width:
+                    word_width = self._width_of(self._word)
+                    if word_width < self._column:
+                        laid_out.append(f"\x1b[{word_width}D\x1b[K\n{self._word}" if self._word else "\n")
+                        self._column = word_width
+                    else:  # one word fills the line
+                        laid_out.append("\n")
+                        self._column, self._word = 0, ""
+                self._word += character
+                self._column += self._width_of(character)
+            laid_out.append(character)
+        return "".join(laid_out)
 
 
 class PlainScreen:
@@ -125,7 +169,8 @@ class TerminalScreen:
             return False
 
     def answer(self) -> TextWriter:
-        return TextWriter(sys.stdout)
+        is_dumb = os.environ.get("TERM", "dumb") == "dumb"
+        return TextWriter(sys.stdout) if is_dumb else WrappingWriter(sys.stdout)
 
     def say(self, text: str) -> None:
         print(_wrap(text))
@@ -225,7 +270,7 @@ def _make_completer() -> Completer:
 
 def _wrap(text: str) -> str:
     """Breaks long lines between words, indented as they were."""
-    width = max(20, shutil.get_terminal_size().columns - 1)
+    width = max(_NARROWEST, shutil.get_terminal_size().columns - 1)
     lines = []
     for line in text.split("\n"):
         if len(line) > width:

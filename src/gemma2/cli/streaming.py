@@ -61,6 +61,7 @@ class TextWriter:
             text = text.translate(_TERMINAL_SAFE)
         if text:
             self._last = text[-1]
+            text = self._lay_out(text)
             self._stream.write(paint(text, style, self._stream) if style else text)
             self._stream.flush()
 
@@ -68,6 +69,10 @@ class TextWriter:
         """Ends the last line, if it has not ended."""
         if self._last != "\n":
             self.write("\n")
+
+    def _lay_out(self, text: str) -> str:
+        """Says where lines break."""
+        return text
 
 
 class StopOnInterrupt:
@@ -179,7 +184,7 @@ def stream_answer(
     logprobs: list[SampledToken] = []
     completion = None
     with StopOnInterrupt() as interrupt, hidden_keys():
-        deltas = llm.engine.stream(prompt_token_ids, params)
+        deltas = llm.engine.stream(prompt_token_ids, llm._params(params, {}))
         try:
             for delta in deltas:
                 last = time.perf_counter()
