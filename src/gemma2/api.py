@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, overload
 
@@ -90,7 +90,7 @@ class LLM:
             SamplingError: an option is unknown or out of range.
             ContextLengthError: a prompt, or a prompt and `max_tokens`, is longer than the context.
         """
-        own = self._params(params, options)
+        own = self.sampling_params(params, **options)
         if _is_one_prompt(prompt):
             return self.engine.generate([prompt], own)[0]
         return self.engine.generate(prompt, own)
@@ -100,7 +100,7 @@ class LLM:
 
         Mistakes are raised here and now, before the first piece is asked for. Closing the iterator ends the request.
         """
-        deltas = self.engine.stream(prompt, self._params(params, options))
+        deltas = self.engine.stream(prompt, self.sampling_params(params, **options))
         return (delta.text for delta in deltas if delta.text)
 
     def chat(
@@ -125,7 +125,7 @@ class LLM:
             SamplingError, ContextLengthError: as `generate`.
         """
         token_ids = encode_chat(self.tokenizer, messages, strict_system=strict_system)
-        return self.engine.generate([token_ids], self._params(params, options))[0]
+        return self.engine.generate([token_ids], self.sampling_params(params, **options))[0]
 
     def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> Logits:
         """Computes the logits after each token of one sequence.
@@ -142,7 +142,14 @@ class LLM:
         """
         return self.engine.logits(token_ids)
 
-    def _params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    def sampling_params(self, params: SamplingParams | None = None, **options: Any) -> SamplingParams:
+        """Merges options into `params` and adds the tokens at which this model's own files end an answer.
+
+        `generate`, `stream` and `chat` do so themselves; it is for those who talk to `engine`.
+
+        Raises:
+            SamplingError: an option is unknown or out of range.
+        """
         if params is not None and not isinstance(params, SamplingParams):
             raise SamplingError(
                 f"params must be a SamplingParams, but is {params!r:.80}; options go by name, as in max_tokens=64"

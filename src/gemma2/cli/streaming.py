@@ -184,7 +184,7 @@ def stream_answer(
     logprobs: list[SampledToken] = []
     completion = None
     with StopOnInterrupt() as interrupt, hidden_keys():
-        deltas = llm.engine.stream(prompt_token_ids, llm._params(params, {}))
+        deltas = llm.engine.stream(prompt_token_ids, llm.sampling_params(params))
         try:
             for delta in deltas:
                 last = time.perf_counter()
