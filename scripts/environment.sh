@@ -25,7 +25,7 @@ quiet_pip() {
     log=$(mktemp)
     "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -q -c constraints.txt "$@" \
         >"$log" 2>&1 || status=$?
-    if [ "$status" -ne 0 ] && [ "${pip_may_fail:-no}" = no ]; then
+    if [ "$status" -ne 0 ]; then
         grep -v 'is ignored: it is neither a file nor a directory' "$log" >&2
     fi
     rm -f "$log"
@@ -50,11 +50,6 @@ prepare_environment() {
         fi
     fi
     echo "Installing gemma2[$extra] with PyTorch into .venv; this takes a minute or two the first time …" >&2
-    # On Linux without an NVIDIA device, the index of PyTorch has a build that is gigabytes smaller. Where that index
-    # cannot be reached, the next command installs the ordinary build.
-    if [ "$(uname -s)" = Linux ] && ! nvidia-smi -L >/dev/null 2>&1; then
-        pip_may_fail=yes quiet_pip --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu torch || true
-    fi
     quiet_pip -e ".[$extra]" || {
         echo "error: the installation failed; what pip said stands above. To begin anew: rm -r .venv" >&2
         return 1
