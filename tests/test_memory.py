@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gemma2.config import PRESETS, Gemma2Config
@@ -86,7 +88,7 @@ def test_adapters_count_rank_times_both_sides() -> None:
 
 def test_quantized_adapters_save_what_the_format_saves() -> None:
     config = PRESETS["9b"]
-    common = {"rank": 8, "batch_size": 1, "length": 512, "checkpointing": True}
+    common: dict[str, Any] = {"rank": 8, "batch_size": 1, "length": 512, "checkpointing": True}
     lora, qlora = adapter_training(config, **common), adapter_training(config, **common, weight_format="q4")
     unpacked = 2 * config.hidden_size * config.intermediate_size
     assert lora.total - qlora.total == weight_bytes(config, "bfloat16") - weight_bytes(config, "q4") - unpacked
@@ -109,7 +111,7 @@ def test_unknown_names_raise_with_the_nearest() -> None:
 
 
 def tiny_config(**changes: int) -> Gemma2Config:
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 192,
         "num_hidden_layers": 4,
@@ -137,7 +139,7 @@ def test_activations_are_what_autograd_keeps(length: int, sizes: dict[str, int])
     kept: dict[int, int] = {}
     tensors = []  # held, so that no address is given out twice
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         # Masks, angles and indices are shared by all layers; what grows with depth is floating.
         if tensor.is_floating_point() and storage.data_ptr() not in parameters and tensor.requires_grad:
