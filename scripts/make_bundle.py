@@ -35,27 +35,31 @@ def main() -> None:
     parser.add_argument("--note", default="", help="a sentence for the card's section on training")
     args = parser.parse_args()
     model = args.run / "model"
-    shutil.rmtree(BUNDLE, ignore_errors=True)
-    shutil.copytree(model, BUNDLE)
-    shutil.copy(args.run / "loss.png", BUNDLE / "loss.png")
-    llm = gemma2.load(BUNDLE)
+    if not model.is_dir():
+        raise SystemExit(f"{model} is not there: the run has not ended")
+    # Built beside, and put in place of the old bundle when it is whole and was judged.
+    beside = BUNDLE.with_name("bundled.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(model, beside)
+    shutil.copy(args.run / "loss.png", beside / "loss.png")
+    llm = gemma2.load(beside)
     total = TextScore(nats=0.0, num_tokens=0, num_bytes=0)
-    rows = []
     for document in iter_documents(args.score):
         score = score_texts(llm.backend, llm.tokenizer, [document.text])
         total += score
-        rows.append((document.text[:60].split("\n")[0].strip(), score))
-        print(f"{score.bits_per_byte:.4f} {rows[-1][0]}", flush=True)
+        print(f"{document.file.name}:{document.line}  {score.bits_per_byte:.4f} bits per byte", flush=True)
     samples = [
         (prompt, seed, llm.generate(prompt, max_tokens=80, temperature=0.8, top_p=0.95, seed=seed).text)
         for prompt in SAMPLE_PROMPTS
         for seed in (1, 2)
     ]
-    (BUNDLE / "MODEL_CARD.md").write_text(_card(args, llm.config, total, samples), encoding="utf-8")
-    size = sum(path.stat().st_size for path in BUNDLE.iterdir())
-    print(f"{BUNDLE}: {size:,} bytes, {total.bits_per_byte:.4f} bits per byte")
+    (beside / "MODEL_CARD.md").write_text(_card(args, llm.config, total, samples), encoding="utf-8")
+    size = sum(path.stat().st_size for path in beside.iterdir())
     if size > LARGEST_BYTES:
-        raise SystemExit(f"the bundle is larger than {LARGEST_BYTES:,} bytes")
+        raise SystemExit(f"{beside}: {size:,} bytes are more than the {LARGEST_BYTES:,} that a bundle may have")
+    shutil.rmtree(BUNDLE, ignore_errors=True)
+    beside.rename(BUNDLE)
+    print(f"{BUNDLE}: {size:,} bytes, {total.bits_per_byte:.4f} bits per byte")
 
 
 def _card(args: argparse.Namespace, config: Any, total: TextScore, samples: list[tuple[str, int, str]]) -> str:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 BUNDLED_FOLDER: Final = Path(__file__).parent / "bundled"
 BACKENDS: Final = ("auto", "cpu", "torch")
 WEIGHTS: Final = ("auto", "float32", "bfloat16", "q8", "q4")
-SMALL_MODEL_PARAMETERS: Final = 100_000_000
-"""Below this, "auto" computes in float32: it costs little memory, and no speed on a CPU."""
+SMALL_MODEL_PARAMETERS: Final = 20_000_000
+"""Below this, "auto" computes in float32: it costs little memory, and decodes as fast on a CPU."""
 
 
 class LLM:
@@ -174,7 +174,7 @@ def load(
         model: a folder with config.json, safetensors and a tokenizer; or the name of a model on the Hugging Face Hub
             that `gemma2 pull` has fetched; None for the bundled model.
         backend: "torch", or "auto" for the best there is. The engine "cpu" is not part of this version.
-        weights: "float32", "bfloat16", or "auto": what the files hold, but float32 for a model of under 100 million
+        weights: "float32", "bfloat16", or "auto": what the files hold, but float32 for a model of under 20 million
             parameters. "q8" and "q4" are not part of this version.
         device: "cpu", "cuda", "cuda:1", …; None for a CUDA device where there is one, else the CPU.
         revision: branch, tag or commit, for a model from the hub.

@@ -28,8 +28,16 @@ ADAPTABLE_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
 
 QUERY_BLOCK: Final = 256
 """Queries whose scores exist at once; attention takes long inputs in blocks of so many."""
-LOSS_CHUNK_LOGITS: Final = 1 << 23
-"""Logits that exist at once in training; the loss is computed in chunks of so many."""
+
+
+def loss_chunk_tokens(vocab_size: int) -> int:
+    """How many tokens' logits exist at once in training.
+
+    4 MiB in float32 for a small vocabulary, so that they stay in the processor's cache between the passes over them.
+    For a large one never fewer than 128 tokens: each chunk also reads and writes the whole gradient of the embedding,
+    which must be little beside its matrix products.
+    """
+    return max(128, (1 << 20) // vocab_size)
 
 
 def layer_matrices(config: Gemma2Config) -> dict[str, tuple[int, int]]:
@@ -177,7 +185,7 @@ def full_training(config: Gemma2Config, *, batch_size: int, length: int, checkpo
         gradients=2 * count,
         optimizer=8 * count,
         activations=activation_bytes(config, batch_size=batch_size, length=length, checkpointing=checkpointing),
-        loss=_loss_bytes() + 4 * embedding,
+        loss=_loss_bytes(config) + 4 * embedding,
     )
 
 
@@ -222,7 +230,7 @@ def adapter_training(
         gradients=4 * count,
         optimizer=8 * count,
         activations=activations,
-        loss=_loss_bytes(),
+        loss=_loss_bytes(config),
     )
 
 
@@ -288,6 +296,6 @@ def _layer_activation_bytes(config: Gemma2Config, length: int, *, local: bool) -
     return length * per_token + 10 * config.num_attention_heads * num_scores
 
 
-def _loss_bytes() -> int:
+def _loss_bytes(config: Gemma2Config) -> int:
     # Logits and their gradient in float32, one more for the cap's derivative, and the gradient in bf16.
-    return LOSS_CHUNK_LOGITS * (3 * 4 + 2)
+    return loss_chunk_tokens(config.vocab_size) * config.vocab_size * (3 * 4 + 2)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from filelock import FileLock
 from small_run import settings_for
 
 import gemma2
 from gemma2.checkpoints import open_checkpoint
-from gemma2.errors import CheckpointError, ConfigError, DataError
+from gemma2.errors import CheckpointError, ConfigError, DataError, Gemma2Error
 from gemma2.training.pretrain import pretrain
 from gemma2.training.settings import PretrainSettings, load_pretrain_settings
 
@@ -187,3 +189,58 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> byt
     tmp_path = tmp_path_factory.mktemp("uninterrupted")
     _run(_settings(tmp_path, settings_for(corpus), "run"))
     return _weights(tmp_path / "run")
+
+
+def test_a_gradient_that_is_no_number_is_not_stepped_on(
+    tmp_path: Path, settings_text: str, uninterrupted: bytes
+) -> None:
+    settings = _settings(tmp_path, settings_text, "run")
+    calls = 0
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spoil(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            assert parameters[0].grad is not None
+            parameters[0].grad[0, 0] = torch.nan
+        return clip(parameters, max_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+        with pytest.raises(DataError, match="norm became nan at step 4"):
+            _run(settings)
+    _run(settings)
+    assert _weights(tmp_path / "run") == uninterrupted
+
+
+def test_a_run_that_never_began_may_be_corrected(tmp_path: Path, settings_text: str) -> None:
+    with pytest.raises(DataError):
+        _run(_settings(tmp_path, settings_text, "run", "data.train=[absent.txt]"))
+    assert _run(_settings(tmp_path, settings_text, "run", "run.num_steps=2")) is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("run.device=meta", "must be auto, cpu, cuda"),
+        ("run.device=cuda:99", "CUDA devices"),
+        ("tokenizer.folder=absent", "absent"),
+        ("model.bos_token_id=7", "bos"),
+        ("data.validation=[absent.txt]", "absent"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, settings_text: str, override: str, match: str
+) -> None:
+    progress = Silent()
+    with pytest.raises(Gemma2Error, match=match):
+        _run(_settings(tmp_path, settings_text, "run", override), progress)
+    assert not progress.losses
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, settings_text: str) -> None:
+    settings = _settings(tmp_path, settings_text, "run", "run.num_steps=2")
+    settings.output.mkdir()
+    with FileLock(settings.output / ".lock"), pytest.raises(ConfigError, match="in use by another run"):
+        _run(settings)

@@ -77,3 +77,8 @@ def test_bad_overrides(tmp_path: Path, override: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such settings file"):
         load_pretrain_settings(tmp_path / "absent.yaml")
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    settings = load_pretrain_settings(_write(tmp_path, GOOD), ["model.rms_norm_eps=1e-5"])
+    assert settings.gemma2_config(100).rms_norm_eps == 1e-5

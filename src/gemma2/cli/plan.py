@@ -260,6 +260,9 @@ def _print_running(console: Console, setup: Setup) -> None:
     console.print(table)
     if setup.places:
         console.print(f"“up to”: so many sequences of {setup.context:,} tokens fit at once.", style="dim")
+    console.print(
+        "This version runs float32 and bfloat16; q8 and q4 are what 8- and 4-bit weights will take.", style="dim"
+    )
     whole = logits_bytes(setup.config, setup.context * setup.batch_size)
     console.print(
         f"Prefill takes {setup.chunk_tokens:,} tokens at a time. One row of logits a sequence; all {setup.context:,} "
@@ -312,6 +315,11 @@ def _print_training(console: Console, setup: Setup, kind: str, plans: dict[bool,
         table.add_row(place.name, *(_verdict(place, plans[checkpointing].total) for checkpointing in (False, True)))
     console.print(table)
     console.print("Checkpointing keeps each layer's input and computes the layer again on the way back.", style="dim")
+    console.print(
+        "A plan for any trainer. `gemma2 pretrain` trains all weights, kept in float32, without checkpointing; this "
+        "version has no adapters.",
+        style="dim",
+    )
 
 
 def _verdict(place: Place, num_bytes: int, more: str = "") -> Text:

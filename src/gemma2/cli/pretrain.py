@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gemma2.training.settings import PretrainSettings
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from gemma2.training.settings import load_pretrain_settings
 
     settings = load_pretrain_settings(args.settings, args.set)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, soft_wrap=True)
     if args.dry_run:
         _print_plan(settings, console)
         return 0
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if stop_requests:
             raise KeyboardInterrupt
         stop_requests.append(signal_number)
-        console.print("[yellow]stopping after this step, with a checkpoint (Ctrl-C again: at once)[/]")
+        console.print("stopping after this step, with a checkpoint (Ctrl-C again: at once)", style="yellow")
 
     previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -76,19 +78,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(settings: object, console: Console) -> None:
-    from gemma2.data import expand_files
-    from gemma2.training.settings import PretrainSettings
+def _print_plan(settings: PretrainSettings, console: Console) -> None:
+    from gemma2.training.pretrain import check_settings
 
-    assert isinstance(settings, PretrainSettings)
-    files = expand_files(settings.data.train)
-    expand_files(settings.data.validation) if settings.data.validation else None
-    config = settings.gemma2_config(settings.tokenizer.vocab_size)
+    plan = check_settings(settings)
     run = settings.run
     tokens = run.num_steps * run.batch_size * run.sequence_length
     console.print(
-        f"data: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes\n"
-        f"model: {config.count_parameters().total:,} parameters\n"
+        f"data: {len(plan.files)} files, {sum(file.stat().st_size for file in plan.files):,} bytes\n"
+        f"model: {plan.config.count_parameters().total:,} parameters, on {plan.device}\n"
         f"run: {run.num_steps:,} steps of {run.batch_size} × {run.sequence_length} = {tokens:,} tokens\n"
         f"output: {settings.output}",
         highlight=False,
@@ -144,11 +142,8 @@ class _ProgressBar:
 
     def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """Prints a line above the bar."""
-        import math
-
         self._console.print(
-            f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, "
-            f"{bits_per_byte:.4f} bits per byte",
+            f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
             highlight=False,
         )
 

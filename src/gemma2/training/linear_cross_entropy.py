@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma2.memory import loss_chunk_tokens
+
 IGNORE_INDEX = -100
 """A label that is not trained on, as in PyTorch and Hugging Face."""
-
-CHUNK_ELEMENTS = 1 << 20
-"""Logits per chunk: 4 MiB in float32, which stay in cache between the passes over them."""
 
 
 def linear_cross_entropy(
@@ -33,7 +32,7 @@ def linear_cross_entropy(
     *,
     cap: float | None,
     compute_dtype: torch.dtype | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_size: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Sum of the cross-entropies of next tokens, differentiable in the hidden states and the embedding.
@@ -45,14 +44,23 @@ def linear_cross_entropy(
         cap: the final soft cap, or None.
         compute_dtype: dtype of the matrix products; None for that of `hidden_TD`. Losses are summed in float32
             (float64 for float64 inputs).
-        chunk_elements: logits per chunk; memory is a few times this in float32.
+        chunk_size: tokens whose logits exist at a time; `loss_chunk_tokens` of the vocabulary if left out. Memory is a
+            few times their logits in float32.
         compiled: whether `torch.compile` fuses the passes over a chunk (needs a C++ compiler on the CPU).
 
     Returns:
         () the sum, in nats. Divide by the number of labels for the mean.
     """
+    size = loss_chunk_tokens(embedding_VD.shape[0]) if chunk_size is None else chunk_size
     result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, embedding_VD, labels_T, cap, compute_dtype or hidden_TD.dtype, chunk_elements, compiled
+        hidden_TD,
+        embedding_VD,
+        labels_T,
+        cap,
+        compute_dtype or hidden_TD.dtype,
+        size,
+        compiled,
+        torch.is_grad_enabled(),
     )
     return result
 
@@ -66,16 +74,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         cap: float | None,
         compute_dtype: torch.dtype,
-        chunk_elements: int,
+        chunk_size: int,
         compiled: bool,
+        is_grad_enabled: bool,
     ) -> Tensor:
-        needs_hidden, needs_embedding = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        # needs_input_grad alone says yes for any parameter, under no_grad too.
+        needs_hidden, needs_embedding = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         hidden_grad = torch.zeros_like(hidden_TD) if needs_hidden else None
         embedding_grad = torch.zeros_like(embedding_VD, dtype=wide) if needs_embedding else None
         embedding = embedding_VD.to(compute_dtype)
-        chunk_size = max(1, chunk_elements // embedding_VD.shape[0])
         chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
         for first in range(0, hidden_TD.shape[0], chunk_size):
             rows = slice(first, first + chunk_size)
@@ -98,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad * scale.to(hidden_grad.dtype)
         if embedding_grad is not None:
             embedding_grad = (embedding_grad * scale).to(ctx.embedding_dtype)
-        return hidden_grad, embedding_grad, None, None, None, None, None
+        return hidden_grad, embedding_grad, None, None, None, None, None, None
 
 
 def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:

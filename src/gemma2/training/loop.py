@@ -55,8 +55,8 @@ class ValidationResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), per token of this tokenizer."""
-        return math.exp(self.loss)
+        """exp(loss), per token of this tokenizer; infinite if it does not fit a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @torch.no_grad()
@@ -230,6 +230,11 @@ class Trainer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         max_norm = self.optimizer_settings.max_grad_norm
         grad_norm: Tensor = torch.nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
+        if not math.isfinite(float(grad_norm)):
+            raise DataError(
+                f"the gradient's norm became {float(grad_norm)} at step {self.step}: lower learning_rate, or "
+                f"look at the data; the last checkpoint is in {self.folder / 'checkpoints'}"
+            )
         rate = learning_rate_at(self.step, self.run_settings.num_steps, self.optimizer_settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

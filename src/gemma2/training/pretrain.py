@@ -6,18 +6,23 @@ and at the end model/, a Hugging Face folder. Called again with the same setting
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
-from gemma2.checkpoints import save_checkpoint
+from gemma2.checkpoints import TOKENIZER_FILES, save_checkpoint
+from gemma2.config import Gemma2Config
 from gemma2.data import PackedLoader, Prefetcher, expand_files, iter_documents, tokenize_for_validation
 from gemma2.errors import ConfigError
+from gemma2.model.loading import state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.text import Tokenizer, train_tokenizer
 from gemma2.training.loop import Progress, Trainer
@@ -40,7 +45,8 @@ _FREE_TO_CHANGE = {
         "device",
     ),
 }
-"""Settings that a resumed run need not share, since the weights do not depend on them."""
+"""Settings that a resumed run need not share. Another device or number of threads changes how sums are rounded, so the
+weights are then not the very same ones."""
 
 
 def pretrain(
@@ -63,23 +69,85 @@ def pretrain(
         DataError: the data cannot be read.
         CheckpointError: a checkpoint cannot be read or written.
     """
+    device = check_settings(settings).device
+    output = settings.output
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{output} is in use by another run; wait for it, or give another output folder") from None
+    with lock:
+        return _pretrain(settings, device, progress=progress, say=say, should_stop=should_stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainPlan:
+    """What settings come to, found out before anything is written."""
+
+    files: list[Path]
+    device: torch.device
+    config: Gemma2Config
+    """The architecture. Its vocabulary is the one asked for, if the tokenizer is still to be trained."""
+
+
+def check_settings(settings: PretrainSettings) -> PretrainPlan:
+    """Checks what a settings file names against this machine: data, tokenizer, device, compiler, earlier runs.
+
+    Raises:
+        ConfigError: the settings do not fit each other, this machine, or the run that the output folder holds.
+        DataError: a file is not there.
+        TokenizerError: the tokenizer cannot be read, or has other special tokens than the model.
+        CheckpointError: the output folder's newest checkpoint cannot be read.
+    """
     run = settings.run
     device = _device(run.device)
-    if run.num_threads is not None:
-        torch.set_num_threads(run.num_threads)
-    output = settings.output
-    fingerprint = _fingerprint(settings)
-    states = list_run_states(output / "checkpoints")
-    _prepare_folder(settings, fingerprint)
     files = expand_files(settings.data.train)
-    tokenizer_folder = _tokenizer(settings.tokenizer, settings.data, files, output / "tokenizer", run.seed, say)
-    tokenizer = Tokenizer.from_folder(tokenizer_folder)
-    config = settings.gemma2_config(tokenizer.vocab_size)
+    if settings.data.validation:
+        expand_files(settings.data.validation)
+    vocab_size = settings.tokenizer.vocab_size
+    if settings.tokenizer.folder is not None:
+        tokenizer = Tokenizer.from_folder(settings.tokenizer.folder)
+        vocab_size = tokenizer.vocab_size
+        tokenizer.check_fits(settings.gemma2_config(vocab_size))
+    config = settings.gemma2_config(vocab_size)
     if run.sequence_length > config.max_position_embeddings:
         raise ConfigError(
             f"run.sequence_length ({run.sequence_length}) must not pass model.max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
+    if run.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError(
+            "run.compile needs a C++ compiler, and none is found; install g++, or set run.compile to false"
+        )
+    states = list_run_states(settings.output / "checkpoints")
+    if states:
+        _refuse_other_settings(settings.output, load_run_state(states[-1])["fingerprint"], _fingerprint(settings))
+    return PretrainPlan(files=files, device=device, config=config)
+
+
+def _pretrain(
+    settings: PretrainSettings,
+    device: torch.device,
+    *,
+    progress: Progress,
+    say: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> Path | None:
+    run = settings.run
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    output = settings.output
+    states = list_run_states(output / "checkpoints")
+    files = expand_files(settings.data.train)
+    if not states:  # what a run left that was stopped before its first checkpoint
+        shutil.rmtree(output / "tokenizer", ignore_errors=True)
+    tokenizer_folder = _tokenizer(settings.tokenizer, settings.data, files, output / "tokenizer", run.seed, say)
+    tokenizer = Tokenizer.from_folder(tokenizer_folder)
+    config = settings.gemma2_config(tokenizer.vocab_size)
+    tokenizer.check_fits(config)
+    _write_settings(settings, output / "settings.yaml")
+    special_ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_bos=False)
@@ -98,7 +166,9 @@ def pretrain(
             batch_size=run.micro_batch_size or run.batch_size,
             max_tokens=settings.data.validation_max_tokens,
             text_key=settings.data.text_key,
-            newlines="keep",
+            newlines="keep",  # the text as it is, whatever the model was trained on
+            on_error=settings.data.on_error,
+            **special_ids,
         )
         say(f"validation: {validation.num_tokens:,} tokens, {validation.num_bytes:,} bytes")
     loader = Prefetcher(
@@ -112,6 +182,7 @@ def pretrain(
             text_key=settings.data.text_key,
             newlines=settings.data.newlines,
             on_error=settings.data.on_error,
+            **special_ids,
         )
     )
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
@@ -125,11 +196,10 @@ def pretrain(
             optimizer=settings.optimizer,
             folder=output,
             progress=progress,
-            fingerprint=fingerprint,
+            fingerprint=_fingerprint(settings),
         )
         if states:
             state = load_run_state(states[-1])
-            _refuse_other_settings(output, state["fingerprint"], fingerprint)
             trainer.load_state_dict(state)
             say(f"resumed from {states[-1].name}: step {trainer.step}, {trainer.tokens_seen:,} tokens seen")
         result = trainer.train(should_stop=should_stop)
@@ -137,15 +207,13 @@ def pretrain(
         return None
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
-    from gemma2.model.loading import state_arrays
-
     folder = output / "model"
     save_checkpoint(
         folder,
         config,
         state_arrays(model),
         dtype=run.save_dtype,
-        tokenizer_files=sorted(tokenizer_folder.glob("tokenizer*")),
+        tokenizer_files=[path for name in TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()],
         overwrite=True,
     )
     return folder
@@ -158,21 +226,17 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, but is {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"run.device is {name!r}, but this machine has no CUDA device that torch can use")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, but is {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
 
 
-def _prepare_folder(settings: PretrainSettings, fingerprint: dict[str, Any]) -> None:
-    output = settings.output
-    written = output / "settings.yaml"
-    if written.exists():
-        before = PretrainSettings.model_validate(yaml.safe_load(written.read_text(encoding="utf-8")))
-        _refuse_other_settings(output, _fingerprint(before), fingerprint)
-    output.mkdir(parents=True, exist_ok=True)
-    beside = output / "settings.yaml.partial"
+def _write_settings(settings: PretrainSettings, path: Path) -> None:
+    beside = path.with_name(path.name + ".partial")
     beside.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    beside.replace(written)
+    beside.replace(path)
 
 
 def _fingerprint(settings: PretrainSettings) -> dict[str, Any]:

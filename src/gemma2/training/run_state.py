@@ -33,6 +33,8 @@ def save_run_state(folder: Path, step: int, state: dict[str, Any], *, to_keep: i
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        for left_over in folder.glob("step-*.partial"):  # of a run that was killed while it wrote
+            left_over.unlink()
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
         raise CheckpointError(

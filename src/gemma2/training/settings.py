@@ -25,6 +25,12 @@ class TokenizerSettings(_Section):
     folder: Path | None = None
     """Holds tokenizer.json or tokenizer.model; left out, one is trained on the data."""
     vocab_size: int = Field(default=8192, ge=512)
+
+    @field_validator("folder")
+    @classmethod
+    def _home_of_folder(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
+
     sample_bytes: int = Field(default=30_000_000, ge=1000)
     """How much text the tokenizer is trained on, drawn from all of the data."""
 
@@ -99,9 +105,15 @@ class PretrainSettings(_Section):
     optimizer: OptimizerSettings
     run: RunSettings
 
+    @field_validator("output")
+    @classmethod
+    def _home_of_output(cls, path: Path) -> Path:
+        return path.expanduser()
+
     @field_validator("model")
     @classmethod
     def _known_model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = {name: _number(value) for name, value in values.items()}
         known = [name for name in Gemma2Config.__dataclass_fields__ if name != "vocab_size"]
         problems = [
             f"there is no field {name!r}.{nearest_name(name, known)}"
@@ -169,6 +181,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-6 for a text, since it has no point; everyone means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _describe(problem: Any) -> str:
