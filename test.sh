@@ -17,7 +17,8 @@ check "ruff check" "$venv/bin/ruff" check --quiet .
 check "ruff format" "$venv/bin/ruff" format --check --quiet .
 check "mypy" "$venv/bin/mypy" --no-error-summary
 check "import-linter" "$venv/bin/lint-imports" --no-logo
-check "pytest" "$venv/bin/pytest" "$@"
+# One process a core; threads of PyTorch's own would only get in each other's way.
+OMP_NUM_THREADS=1 check "pytest" "$venv/bin/pytest" -n auto "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}" >&2
