@@ -12,7 +12,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import Any, Final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,6 @@ from gemma2.generation import Completion, Engine, Prompt
 from gemma2.sampling import SamplingParams
 from gemma2.step import Backend, Logits
 from gemma2.text import Message, Tokenizer, encode_chat
-
-if TYPE_CHECKING:
-    import torch
 
 BUNDLED_FOLDER: Final = Path(__file__).parent / "bundled"
 BACKENDS: Final = ("auto", "cpu", "torch")
@@ -176,7 +173,7 @@ def load(
         backend: "torch", or "auto" for the best there is. The engine "cpu" is not part of this version.
         weights: "float32", "bfloat16", or "auto": what the files hold, but float32 for a model of under 20 million
             parameters. "q8" and "q4" are not part of this version.
-        device: "cpu", "cuda", "cuda:1", …; None for a CUDA device where there is one, else the CPU.
+        device: "cpu", "cuda", "cuda:1", …; None or "auto" for a CUDA device where there is one, else the CPU.
         revision: branch, tag or commit, for a model from the hub.
 
     Raises:
@@ -204,11 +201,12 @@ def load(
             "running a model needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
         )
     from gemma2.model import TorchBackend, load_model, pack_linear_layers
+    from gemma2.model.device import choose_device
 
     if weights == "auto":
         is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
         weights = "float32" if is_small else "auto"
-    loaded = load_model(checkpoint, dtype=weights, device=_torch_device(device))
+    loaded = load_model(checkpoint, dtype=weights, device=choose_device(device or "auto", setting="device"))
     pack_linear_layers(loaded)  # it will only be run
     return LLM(
         TorchBackend(loaded),
@@ -216,25 +214,6 @@ def load(
         is_chat_tuned=tokenizer.end_of_turn_id in stop_token_ids or str(model or "").rstrip("/").endswith("-it"),
         stop_token_ids=sorted(stop_token_ids - tokenizer.stop_ids),
     )
-
-
-def _torch_device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be cpu, cuda or cuda:N, but is {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be cpu, cuda or cuda:N, but is {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here; leave it out to take "
-            f"what there is"
-        )
-    return device
 
 
 def _generation_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:

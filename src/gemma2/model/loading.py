@@ -30,8 +30,8 @@ def load_model(
 
     The tree is built without memory, and each tensor is read from the file straight into the memory of its parameter.
     So the peak is the model's own size, and one tensor more where values are converted or go to an accelerator. The
-    parameters are not views of the file: training may write to them, a file that changes cannot change them, and in
-    large pages, where Linux gives them, decoding was measured 5% faster than in small ones.
+    parameters are not views of the file: training may write to them, a file that changes cannot change them, and
+    Linux may give them large pages.
 
     Args:
         checkpoint: an opened model folder.

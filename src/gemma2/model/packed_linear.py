@@ -2,8 +2,7 @@
 
 For one token, PyTorch's bf16 product rearranges the whole matrix on its way, every time, and that takes longer than
 reading it. oneDNN, which computes the product, also takes matrices that were rearranged once and for all. The sums are
-the same ones. Measured on a Zen 4 core, for the 2B's matrices: 1.3 to 2.3 times the speed for one token, 1.05 times
-for 512 (`benchmarks/compare_transformers.py --no-pack` shows the difference).
+the same ones. `benchmarks/compare_transformers.py --no-pack` shows the difference.
 
 The operations are PyTorch's own, though without documentation; `torch.compile` uses them in the same way. Where they
 are missing, or answer otherwise than expected, nothing is packed.

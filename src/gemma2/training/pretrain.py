@@ -22,6 +22,7 @@ from gemma2.checkpoints import TOKENIZER_FILES, save_checkpoint
 from gemma2.config import Gemma2Config
 from gemma2.data import PackedLoader, Prefetcher, expand_files, iter_documents, tokenize_for_validation
 from gemma2.errors import ConfigError
+from gemma2.model.device import choose_device
 from gemma2.model.loading import state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.text import Tokenizer, train_tokenizer
@@ -101,7 +102,7 @@ def check_settings(settings: PretrainSettings) -> PretrainPlan:
         CheckpointError: the output folder's newest checkpoint cannot be read.
     """
     run = settings.run
-    device = _device(run.device)
+    device = choose_device(run.device, setting="run.device")
     files = expand_files(settings.data.train)
     if settings.data.validation:
         expand_files(settings.data.validation)
@@ -217,20 +218,6 @@ def _pretrain(
         overwrite=True,
     )
     return folder
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, but is {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, but is {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"run.device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
 
 
 def _write_settings(settings: PretrainSettings, path: Path) -> None:
