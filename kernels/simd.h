@@ -1,0 +1,24 @@
+// Sixteen floats or integers as one value, whatever the processor's registers hold.
+//
+// Every instruction set presents the same logical vector of 16 lanes: one AVX-512 register, two of AVX2, four of NEON,
+// or an array in plain C++. So memory layouts and the order of every sum are the same everywhere, and kernels written
+// on it give the same bits on every machine (the plain version uses std::fma where others use the instruction).
+//
+//   F32x16  load, load_partial (missing lanes 0), broadcast, zero, store, store_partial,
+//           load_bf16 / store_bf16 (round to nearest even), load_f16 (IEEE half), + - * /, fma(a, b, c) = a·b + c rounded once, min, max,
+//           abs, sqrt, round_to_i32 (nearest even), reduce_add (lanes i and i+8 first, then 4, 2, 1), reduce_max
+//   I32x16  load, store, broadcast, zero, + - , to_f32, shift_left<n>, as_f32 (same bits), store_i8 (low bytes; the values must fit)
+//   Mask16  a >= b, a < b, first_lanes(n), select(mask, a, b)
+#pragma once
+
+#include "isa.h"
+
+#if defined(GEMMA2_ISA_AVX512)
+#include "simd_avx512.h"
+#elif defined(GEMMA2_ISA_AVX2)
+#include "simd_avx2.h"
+#elif defined(GEMMA2_ISA_NEON)
+#include "simd_neon.h"
+#else
+#include "simd_scalar.h"
+#endif
