@@ -1,0 +1,65 @@
+"""Compiled kernels for the CPU: arrays in, arrays out. Sources in `kernels/`."""
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+GROUP: Final[int]
+"""Inputs that share a scale, in weights and in activations."""
+TILE: Final[int]
+"""Outputs of a matrix that are packed together."""
+Q4_CODEBOOK: Final[tuple[int, ...]]
+"""The values of the 16 codes of q4, in units of a block's scale."""
+
+def available_isas() -> list[str]:
+    """The instruction sets that this processor has, the best one first."""
+
+class Runtime:
+    """Threads and an instruction set: what every kernel needs besides its arrays."""
+
+    def __init__(self, num_threads: int, isa: str = "auto") -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+class Activations:
+    """Rows of activations in the form that a matrix product reads: "int8" (a scale per group), "bfloat16" or "float32"."""
+
+    def __init__(self, format: str, capacity: int, width: int) -> None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    def dequantized(self) -> npt.NDArray[np.float32]:
+        """The rows in use as (rows, width) float32."""
+
+def matrix_bytes(format: str, outputs: int, inputs: int) -> int:
+    """The size of a packed matrix in bytes."""
+
+class Matrix:
+    """A packed weight matrix (outputs, inputs) over memory that it keeps alive: (size,) uint8, 64-byte aligned."""
+
+    def __init__(self, format: str, outputs: int, inputs: int, data: npt.NDArray[Any]) -> None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def activation_format(self) -> str: ...
+
+# Kernels on rows
+
+def rms_norm(
+    runtime: Runtime, x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], epsilon: float, out: Activations
+) -> None:
+    """out = x / sqrt(mean(x²) + epsilon) · (1 + weight), row by row. x: (rows, width)."""
