@@ -42,6 +42,9 @@ inline void require_room(const Activations& out, const char* name, int64_t rows,
                                     std::to_string(out.capacity));
 }
 
+// The format that a name means; throws for one that there is not.
+WeightFormat weight_format(const std::string& name);
+
 // One function per file of bindings.
 void bind_elementwise(nb::module_& m);
 void bind_quantized_matmul(nb::module_& m);

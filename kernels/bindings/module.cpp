@@ -2,6 +2,15 @@
 #include "bindings.h"
 
 namespace gemma2 {
+
+WeightFormat weight_format(const std::string& name) {
+  if (name == "q4") return WeightFormat::q4;
+  if (name == "q8") return WeightFormat::q8;
+  if (name == "bfloat16") return WeightFormat::bfloat16;
+  if (name == "float32") return WeightFormat::float32;
+  throw std::invalid_argument("a weight format must be q4, q8, bfloat16 or float32, but is '" + name + "'");
+}
+
 namespace {
 
 ActivationFormat activation_format(const std::string& name) {
@@ -13,14 +22,6 @@ ActivationFormat activation_format(const std::string& name) {
 
 const char* name_of(ActivationFormat format) {
   return format == ActivationFormat::int8 ? "int8" : format == ActivationFormat::bfloat16 ? "bfloat16" : "float32";
-}
-
-WeightFormat weight_format(const std::string& name) {
-  if (name == "q4") return WeightFormat::q4;
-  if (name == "q8") return WeightFormat::q8;
-  if (name == "bfloat16") return WeightFormat::bfloat16;
-  if (name == "float32") return WeightFormat::float32;
-  throw std::invalid_argument("a weight format must be q4, q8, bfloat16 or float32, but is '" + name + "'");
 }
 
 const char* name_of(WeightFormat format) {
