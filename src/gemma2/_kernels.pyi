@@ -63,3 +63,21 @@ def rms_norm(
     runtime: Runtime, x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], epsilon: float, out: Activations
 ) -> None:
     """out = x / sqrt(mean(x²) + epsilon) · (1 + weight), row by row. x: (rows, width)."""
+
+# Packing of weights
+
+def pack_matrix(
+    runtime: Runtime,
+    weights: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
+    format: str,
+    out: npt.NDArray[np.uint8],
+    importance: npt.NDArray[np.float32] | None = None,
+) -> None:
+    """Rounds weights (outputs, inputs), float32 or the bits of bfloat16, into `out`: (matrix_bytes,), 64-byte aligned.
+
+    importance: (inputs,) weights of the squared error. Ranges of rows that start at multiples of 32 can be packed one
+    by one. Raises ValueError for NaN, infinity, and weights beyond the format's range.
+    """
+
+def unpack_matrix(runtime: Runtime, matrix: Matrix) -> npt.NDArray[np.float32]:
+    """The weights that a packed matrix stands for: (outputs, inputs)."""

@@ -1,0 +1,62 @@
+#include "../packing.h"
+
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+
+#include "bindings.h"
+
+namespace gemma2 {
+namespace {
+
+void pack(Runtime& runtime, const WeightRows& rows, const std::string& format, Array<uint8_t, 1> out,
+          const std::optional<Array<const float, 1>>& importance) {
+  require(rows.outputs > 0 && rows.inputs > 0, "weights: there must be at least one row and one column");
+  const Matrix matrix{weight_format(format), rows.outputs, rows.inputs, out.data()};
+  require_shape(out, "out", 0, matrix.size_bytes());
+  require(reinterpret_cast<uintptr_t>(out.data()) % 64 == 0, "out: a matrix must start at a multiple of 64 bytes");
+  const float* weighting = nullptr;
+  if (importance) {
+    require_shape(*importance, "importance", 0, rows.inputs);
+    weighting = importance->data();
+    for (int64_t k = 0; k < rows.inputs; ++k) {
+      require(weighting[k] >= 0 && weighting[k] < 1e30f, "importance: must be 0 or more and finite, but input " +
+                                                             std::to_string(k) + " has " +
+                                                             std::to_string(weighting[k]));
+    }
+  }
+  int64_t bad_row;
+  {
+    nb::gil_scoped_release release;
+    bad_row = packing_kernels(runtime.isa).pack(runtime.pool, rows, weighting, matrix, out.data());
+  }
+  require(bad_row < 0, "weights: row " + std::to_string(bad_row) + " holds NaN, infinity or a weight too large for " +
+                           format);
+}
+
+}  // namespace
+
+void bind_packing(nb::module_& m) {
+  m.def("pack_matrix", [](Runtime& runtime, Array<const float, 2> weights, const std::string& format,
+                          Array<uint8_t, 1> out, std::optional<Array<const float, 1>> importance) {
+    pack(runtime, {weights.data(), nullptr, static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1))},
+         format, out, importance);
+  }, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(), "importance"_a.noconvert() = nb::none());
+  m.def("pack_matrix", [](Runtime& runtime, Array<const uint16_t, 2> weights, const std::string& format,
+                          Array<uint8_t, 1> out, std::optional<Array<const float, 1>> importance) {
+    pack(runtime, {nullptr, weights.data(), static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1))},
+         format, out, importance);
+  }, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(), "importance"_a.noconvert() = nb::none());
+  m.def("unpack_matrix", [](Runtime& runtime, const Matrix& matrix) {
+    auto* values = new float[static_cast<size_t>(matrix.outputs * matrix.inputs)];
+    nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    {
+      nb::gil_scoped_release release;
+      packing_kernels(runtime.isa).unpack(runtime.pool, matrix, values);
+    }
+    return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(
+        values, {static_cast<size_t>(matrix.outputs), static_cast<size_t>(matrix.inputs)}, owner));
+  }, "runtime"_a, "matrix"_a);
+}
+
+}  // namespace gemma2

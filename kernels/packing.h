@@ -1,0 +1,31 @@
+// Rounding weights to the formats of matrix.h, and back. How scales and codes are chosen: isa/packing.cpp.
+#pragma once
+
+#include "dispatch.h"
+#include "matrix.h"
+
+namespace gemma2 {
+
+// Rows of weights as files hold them: one of the pointers is set.
+struct WeightRows {
+  const float* float32;
+  const uint16_t* bfloat16;
+  int64_t outputs, inputs;
+};
+
+// The largest |weight| that a format takes: its values reach 127 · 65504, the largest IEEE half; bfloat16 ends where
+// rounding would give infinity.
+constexpr float kLargestQuantized = 127.0f * 65504.0f;
+constexpr float kLargestBfloat16 = 0x1.fep127f;
+constexpr float kLargestFloat32 = 0x1.fffffep127f;
+
+struct PackingKernels {
+  // Writes all of `out.size_bytes()` at `data`. importance: (inputs) weights of the squared error, or null for 1.
+  // Returns -1, or a row that holds NaN, infinity or a weight too large for the format; the output is then unusable.
+  int64_t (*pack)(ThreadPool&, const WeightRows& rows, const float* importance, const Matrix& out, uint8_t* data);
+  // out: (outputs, inputs).
+  void (*unpack)(ThreadPool&, const Matrix& matrix, float* out);
+};
+GEMMA2_DECLARE_KERNELS(PackingKernels, packing_kernels)
+
+}  // namespace gemma2
