@@ -81,3 +81,14 @@ def pack_matrix(
 
 def unpack_matrix(runtime: Runtime, matrix: Matrix) -> npt.NDArray[np.float32]:
     """The weights that a packed matrix stands for: (outputs, inputs)."""
+
+# Ceilings of the machine
+
+def measure_read_bandwidth(runtime: Runtime, data: npt.NDArray[np.uint8], seconds: float) -> tuple[float, float]:
+    """Bytes per second that the threads read of `data` (1-D, 64-byte aligned): (best, median) of several passes."""
+
+def measure_dot_peak(runtime: Runtime, kind: str, seconds: float) -> tuple[float, float]:
+    """Operations per second of multiply-adds in registers, two each: (best, median) of several passes.
+
+    kind: "int8", "bfloat16" or "float32".
+    """
