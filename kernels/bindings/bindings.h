@@ -48,7 +48,7 @@ WeightFormat weight_format(const std::string& name);
 // One function per file of bindings.
 void bind_elementwise(nb::module_& m);
 void bind_quantized_matmul(nb::module_& m);
-void bind_float_matmul(nb::module_& m);
+void bind_matmul(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_vocabulary(nb::module_& m);
 void bind_packing(nb::module_& m);

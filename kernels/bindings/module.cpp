@@ -129,8 +129,8 @@ NB_MODULE(_kernels, m) {
 #if __has_include("quantized_matmul.cpp")
   bind_quantized_matmul(m);
 #endif
-#if __has_include("float_matmul.cpp")
-  bind_float_matmul(m);
+#if __has_include("matmul.cpp")
+  bind_matmul(m);
 #endif
 #if __has_include("attention.cpp")
   bind_attention(m);

@@ -92,3 +92,11 @@ def measure_dot_peak(runtime: Runtime, kind: str, seconds: float) -> tuple[float
 
     kind: "int8", "bfloat16" or "float32".
     """
+
+# Matrix products
+
+def float_matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.float32]) -> None:
+    """out = x · wᵀ for weights in float32 or bfloat16. out: (x.rows, w.outputs)."""
+
+def matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.float32]) -> None:
+    """out = x · wᵀ for weights of any format. out: (x.rows, w.outputs)."""
