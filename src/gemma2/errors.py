@@ -34,6 +34,10 @@ class ContextLengthError(Gemma2Error):
     """A prompt, or a prompt and the tokens asked for, that is longer than the model's context."""
 
 
+class KVCacheFullError(Gemma2Error):
+    """A step that needs more memory for keys and values than the cache may take."""
+
+
 class SamplingError(Gemma2Error):
     """Sampling parameters out of range."""
 

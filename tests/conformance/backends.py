@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from cases import divergence, reference
+from cases import aligned_bytes, divergence, reference
 from hf_reference import Weights
 
+from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
+from gemma2.cpu import CpuBackend
 from gemma2.model import Gemma2ForCausalLM, TorchBackend, pack_linear_layers
+from gemma2.quantization import PackedModel, packed_shapes
 from gemma2.step import Backend, Logits, SequenceStep, StepBatch
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "q8", "q4"]
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,48 @@ def _packed(config: Gemma2Config, weights: Weights) -> Backend:
     return TorchBackend(model)
 
 
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def packed_model(config: Gemma2Config, weights: Weights, weights_format: str) -> PackedModel:
+    """These weights in the kernels' layout; each matrix is packed alone, so it is rounded as `rounded_weights` does."""
+    runtime = kernels.Runtime(1)
+    tensors: dict[str, npt.NDArray[np.uint8] | npt.NDArray[np.float32]] = {}
+    for name, shape in packed_shapes(config).items():
+        fused = next((names for key, names in FUSED.items() if key in name), None)
+        if fused is None:
+            value = weights[name]
+        else:
+            key = next(key for key in FUSED if key in name)
+            value = np.concatenate([weights[name.replace(key, part)] for part in fused])
+        if value.ndim == 1:
+            tensors[name] = value
+        else:
+            tensors[name] = aligned_bytes(kernels.matrix_bytes(weights_format, *shape))
+            kernels.pack_matrix(runtime, np.ascontiguousarray(value), weights_format, tensors[name])
+    return PackedModel(config=config, format=weights_format, tensors=tensors)
+
+
+def _cpu(weights_format: str, isa: str, kv_cache: str = "auto") -> Callable[[Gemma2Config, Weights], Backend]:
+    return lambda config, weights: CpuBackend(
+        packed_model(config, weights, weights_format), num_threads=2, isa=isa, kv_cache=kv_cache
+    )
+
+
 BACKENDS = (
     BackendSpec("torch-float32", "float32", _torch(torch.float32, "cpu")),
     BackendSpec("torch-bfloat16", "bfloat16", _torch(torch.bfloat16, "cpu")),
     BackendSpec("torch-bfloat16-packed", "bfloat16", _packed),
     BackendSpec("torch-float32-cuda", "float32", _torch(torch.float32, "cuda"), device="cuda"),
     BackendSpec("torch-bfloat16-cuda", "bfloat16", _torch(torch.bfloat16, "cuda"), device="cuda"),
+    *(
+        BackendSpec(f"cpu-{precision}-{isa}", precision, _cpu(precision, isa))
+        for precision in get_args(Precision)
+        for isa in kernels.available_isas()
+    ),
 )
 
 
@@ -86,6 +125,10 @@ def run_in_chunks(
 BFLOAT16_NOISE = 1.1
 """bf16 rounds thousands of times, at random; our divergence may be this multiple of transformers' for chance."""
 
+INT8_NOISE = 16.0
+"""Activations in int8 with a scale for 64 values are off by max / (127 · √12), about 0.55% of their mean square root;
+bf16 is off by 0.14%. Divergence goes with the square."""
+
 
 def excess(
     precision: Precision, config: Gemma2Config, logits: Logits, *, length: int | None = None, seed: int = 0
@@ -96,11 +139,13 @@ def excess(
     cut off there, as later tokens change nothing.
 
     float32: the largest difference from transformers' float64 self, over twice transformers' own. bfloat16: the mean
-    KL divergence from it, over transformers' own in bf16 and `BFLOAT16_NOISE`.
+    KL divergence from it, over transformers' own in bf16 and `BFLOAT16_NOISE`. q8 and q4: likewise with the weights
+    that the format holds, over `INT8_NOISE`.
     """
-    expected = reference(config, length or len(logits), seed)
+    expected = reference(config, length or len(logits), seed, precision)
     expected_logits = expected.logits[: len(logits)]
     assert logits.shape == expected_logits.shape and logits.dtype == np.float32
     if precision == "float32":
         return float(np.abs(logits - expected_logits).max()) / expected.tolerance
-    return divergence(expected_logits, logits) / (expected.bfloat16_divergence * BFLOAT16_NOISE)
+    noise = BFLOAT16_NOISE if precision == "bfloat16" else INT8_NOISE
+    return divergence(expected_logits, logits) / (expected.bfloat16_divergence * noise)

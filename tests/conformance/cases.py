@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from hf_reference import Weights, hf_logits
 
+from gemma2 import _kernels as kernels
 from gemma2.checkpoints import expected_tensors
 from gemma2.config import FULL, SLIDING, Gemma2Config
 
@@ -82,6 +83,28 @@ def biting_weights(config: Gemma2Config, seed: int = 0) -> Weights:
 
 
 @functools.cache
+def rounded_weights(config: Gemma2Config, seed: int, weights: str) -> Weights:
+    """`biting_weights` as a format with scales holds them, in float32; as they are for the other formats."""
+    if weights not in ("q8", "q4"):
+        return biting_weights(config, seed)
+    runtime = kernels.Runtime(1)
+
+    def rounded(value: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        packed = aligned_bytes(kernels.matrix_bytes(weights, *value.shape))
+        kernels.pack_matrix(runtime, value, weights, packed)
+        return kernels.unpack_matrix(runtime, kernels.Matrix(weights, *value.shape, packed))
+
+    return {name: rounded(v) if v.ndim == 2 else v for name, v in biting_weights(config, seed).items()}
+
+
+def aligned_bytes(size: int) -> npt.NDArray[np.uint8]:
+    """(size,) zeros that start at a multiple of 64 bytes."""
+    whole = np.zeros(size + 64, dtype=np.uint8)
+    start = -whole.ctypes.data % 64
+    return whole[start : start + size]
+
+
+@functools.cache
 def token_ids(config: Gemma2Config, length: int = LENGTH, seed: int = 0) -> npt.NDArray[np.int32]:
     """(length,) random ids, the first and the last of the vocabulary among them."""
     ids = np.random.default_rng(1000 + seed).integers(0, config.vocab_size, length).astype(np.int32)
@@ -101,10 +124,14 @@ class Reference:
     """Mean KL divergence of transformers' bf16 from these."""
 
 
+def reference(config: Gemma2Config, length: int = LENGTH, seed: int = 0, weights: str = "float32") -> Reference:
+    """The reference for the weights and `token_ids` of this seed, the weights rounded as this format rounds them."""
+    return _reference(config, length, seed, weights if weights in ("q8", "q4") else "float32")
+
+
 @functools.cache
-def reference(config: Gemma2Config, length: int = LENGTH, seed: int = 0) -> Reference:
-    """The reference for `biting_weights` and `token_ids` of this seed."""
-    weights, ids = biting_weights(config, seed), token_ids(config, length, seed)
+def _reference(config: Gemma2Config, length: int, seed: int, weights_format: str) -> Reference:
+    weights, ids = rounded_weights(config, seed, weights_format), token_ids(config, length, seed)
     logits = hf_logits(config, weights, ids, torch.float64)
     own_distance = np.abs(hf_logits(config, weights, ids, torch.float32) - logits).max()
     return Reference(
