@@ -5,9 +5,12 @@
 // on it give the same bits on every machine (the plain version uses std::fma where others use the instruction).
 //
 //   F32x16  load, load_partial (missing lanes 0), broadcast, zero, store, store_partial,
-//           load_bf16 / store_bf16 (round to nearest even), load_f16 (IEEE half), + - * /, fma(a, b, c) = a·b + c rounded once, min, max,
-//           abs, sqrt, round_to_i32 (nearest even), reduce_add (lanes i and i+8 first, then 4, 2, 1), reduce_max
-//   I32x16  load, store, broadcast, zero, + - , to_f32, shift_left<n>, as_f32 (same bits), store_i8 (low bytes; the values must fit)
+//           load_bf16 / store_bf16 (round to nearest even), load_f16 (IEEE half), + - * /,
+//           fma(a, b, c) = a·b + c rounded once, min, max (if either is NaN, the second operand),
+//           abs, sqrt, copy_sign(magnitude, sign), as_i32 (same bits), round_to_i32 (nearest even),
+//           reduce_add (lanes i and i+8 first, then 4, 2, 1), reduce_max (no NaN)
+//   I32x16  load, store, broadcast, zero, + - (wrap around), max, reduce_add, reduce_max, to_f32, shift_left<n>,
+//           as_f32 (same bits), store_i8 (low bytes; the values must fit)
 //   Mask16  a >= b, a < b, first_lanes(n), select(mask, a, b)
 #pragma once
 

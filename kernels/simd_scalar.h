@@ -42,14 +42,26 @@ struct I32x16 {
   }
 };
 inline I32x16 operator+(const I32x16& a, const I32x16& b) {
-  return each_lane<I32x16>([&](int i) { return a.v[i] + b.v[i]; });
+  return each_lane<I32x16>([&](int i) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));  // wraps, as vectors do
+  });
 }
 inline I32x16 operator-(const I32x16& a, const I32x16& b) {
-  return each_lane<I32x16>([&](int i) { return a.v[i] - b.v[i]; });
+  return each_lane<I32x16>([&](int i) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) - static_cast<uint32_t>(b.v[i]));
+  });
 }
 template <int n>
 inline I32x16 shift_left(const I32x16& a) {
   return each_lane<I32x16>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n); });
+}
+inline I32x16 max(const I32x16& a, const I32x16& b) {
+  return each_lane<I32x16>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline int32_t reduce_max(const I32x16& a) {
+  int32_t best = a.v[0];
+  for (int32_t x : a.v) best = x > best ? x : best;
+  return best;
 }
 inline int32_t reduce_add(const I32x16& a) {
   int32_t sum = 0;
@@ -131,6 +143,9 @@ inline F32x16 max(const F32x16& a, const F32x16& b) {
 inline F32x16 abs(const F32x16& a) {
   return each_lane<F32x16>([&](int i) { return std::fabs(a.v[i]); });
 }
+inline F32x16 copy_sign(const F32x16& magnitude, const F32x16& sign) {
+  return each_lane<F32x16>([&](int i) { return std::copysign(magnitude.v[i], sign.v[i]); });
+}
 inline F32x16 sqrt(const F32x16& a) {
   return each_lane<F32x16>([&](int i) { return std::sqrt(a.v[i]); });
 }
@@ -145,6 +160,9 @@ inline F32x16 to_f32(const I32x16& a) {
 }
 inline F32x16 as_f32(const I32x16& a) {
   return each_lane<F32x16>([&](int i) { return bits_to_float(static_cast<uint32_t>(a.v[i])); });
+}
+inline I32x16 as_i32(const F32x16& a) {
+  return each_lane<I32x16>([&](int i) { return static_cast<int32_t>(float_to_bits(a.v[i])); });
 }
 inline Mask16 operator>=(const F32x16& a, const F32x16& b) {
   Mask16 r;

@@ -25,7 +25,7 @@ class Runtime:
     def isa(self) -> str: ...
 
 class Activations:
-    """Rows of activations in the form that a matrix product reads: "int8" (a scale per group), "bfloat16" or "float32"."""
+    """Rows of activations as a matrix product reads them: "int8" (a scale per group), "bfloat16" or "float32"."""
 
     def __init__(self, format: str, capacity: int, width: int) -> None: ...
     @property
@@ -63,6 +63,40 @@ def rms_norm(
     runtime: Runtime, x: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], epsilon: float, out: Activations
 ) -> None:
     """out = x / sqrt(mean(x²) + epsilon) · (1 + weight), row by row. x: (rows, width)."""
+
+def add_norm(
+    runtime: Runtime,
+    residual: npt.NDArray[np.float32],
+    y: npt.NDArray[np.float32],
+    post_weight: npt.NDArray[np.float32],
+    epsilon: float,
+) -> None:
+    """residual += rms_norm(y, post_weight), row by row, in place. residual and y: (rows, width)."""
+
+def add_rms_norm(
+    runtime: Runtime,
+    residual: npt.NDArray[np.float32],
+    y: npt.NDArray[np.float32],
+    post_weight: npt.NDArray[np.float32],
+    epsilon: float,
+    next_weight: npt.NDArray[np.float32],
+    out: Activations,
+) -> None:
+    """`add_norm`, then out = rms_norm(residual, next_weight), in one pass; the same bits as one after the other."""
+
+def geglu(runtime: Runtime, gate_up: npt.NDArray[np.float32], out: Activations) -> None:
+    """out = gelu_tanh(gate) · up. gate_up: (rows, 2 · out.width), in each row the gate first."""
+
+def write_activations(runtime: Runtime, x: npt.NDArray[np.float32], out: Activations) -> None:
+    """out = x: (rows, width). A group of int8 that holds NaN or infinity becomes NaN."""
+
+def soft_cap(runtime: Runtime, x: npt.NDArray[np.float32], cap: float) -> None:
+    """x = cap · tanh(x / cap) in place. x: (rows, width); cap above 0."""
+
+def embed(
+    runtime: Runtime, matrix: Matrix, ids: npt.NDArray[np.int32], scale: float, out: npt.NDArray[np.float32]
+) -> None:
+    """out = scale · (outputs `ids` of the matrix). ids: (rows,); out: (rows, matrix.inputs)."""
 
 # Packing of weights
 
