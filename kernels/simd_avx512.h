@@ -29,6 +29,11 @@ inline I32x16 shift_left(I32x16 a) {
   return {_mm512_slli_epi32(a.v, n)};
 }
 inline I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I32x16 operator&(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+template <int n>
+inline I32x16 shift_right(I32x16 a) {
+  return {_mm512_srai_epi32(a.v, n)};
+}
 inline int32_t reduce_add(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t reduce_max(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
 
@@ -72,6 +77,7 @@ inline I32x16 round_to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F32x16 to_f32(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline F32x16 as_f32(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
 inline I32x16 as_i32(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+inline bool any(Mask16 m) { return m.m != 0; }
 inline Mask16 operator>=(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
 inline Mask16 operator<(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }

@@ -63,6 +63,13 @@ inline int32_t reduce_max(const I32x16& a) {
   for (int32_t x : a.v) best = x > best ? x : best;
   return best;
 }
+inline I32x16 operator&(const I32x16& a, const I32x16& b) {
+  return each_lane<I32x16>([&](int i) { return a.v[i] & b.v[i]; });
+}
+template <int n>
+inline I32x16 shift_right(const I32x16& a) {
+  return each_lane<I32x16>([&](int i) { return a.v[i] >> n; });
+}
 inline int32_t reduce_add(const I32x16& a) {
   int32_t sum = 0;
   for (int x : a.v) sum += x;
@@ -163,6 +170,11 @@ inline F32x16 as_f32(const I32x16& a) {
 }
 inline I32x16 as_i32(const F32x16& a) {
   return each_lane<I32x16>([&](int i) { return static_cast<int32_t>(float_to_bits(a.v[i])); });
+}
+inline bool any(const Mask16& m) {
+  bool found = false;
+  for (bool b : m.m) found |= b;
+  return found;
 }
 inline Mask16 operator>=(const F32x16& a, const F32x16& b) {
   Mask16 r;
