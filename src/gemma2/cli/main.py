@@ -26,6 +26,7 @@ VERBS: Final = {
     "chat": "talk with a model in the terminal",
     "inspect": "show a model's architecture, layers, parameters and files",
     "plan": "say how much memory running or training takes, and whether it fits this machine",
+    "bench": "measure how fast this machine runs a model, beside what it can do",
     "pull": "download a model from the Hugging Face Hub",
     "pretrain": "train a model from scratch, from a file of settings",
 }
