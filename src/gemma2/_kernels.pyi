@@ -134,3 +134,8 @@ def float_matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[n
 
 def matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.float32]) -> None:
     """out = x · wᵀ for weights of any format. out: (x.rows, w.outputs)."""
+
+# The product with 4- and 8-bit weights
+
+def quantized_matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.float32]) -> None:
+    """out (rows, outputs) = x · Wᵀ. x: int8; w: q4 or q8. The same bits for any threads, instruction set, other rows."""

@@ -1,0 +1,36 @@
+// dot.h in AVX-512: vpdpbusd takes unsigned × signed bytes, so weights are held as weight + 128 and a group's
+// accumulators start from -128 · Σ x.
+#pragma once
+
+#include "matrix.h"
+#include "simd_avx512.h"
+
+namespace gemma2::avx512 {
+
+struct Weights {
+  __m512i v;
+};
+
+inline Weights load_q8(const int8_t* p) {
+  return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+}
+// vpermb looks at the low 6 bits of an index; the table repeats every 16 bytes, so only the low 4 count and none need
+// be masked away, neither the high nibble nor what a shift of 16-bit words brings in.
+inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
+  const __m512i codebook =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kQ4Codebook)));
+  const __m512i table = _mm512_xor_si512(codebook, _mm512_set1_epi8(-128));
+  const __m512i codes = _mm512_loadu_si512(nibbles);
+  low = {_mm512_permutexvar_epi8(codes, table)};
+  high = {_mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), table)};
+}
+inline I32x16 dot_start(int32_t sum) { return I32x16::broadcast(-128 * sum); }
+
+using AnyInt32 [[gnu::may_alias]] = int32_t;
+
+// Inline assembly, since GCC 12 keeps the accumulators of _mm512_dpbusd_epi32 in memory: half the speed.
+inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const AnyInt32*>(x)));
+}
+
+}  // namespace gemma2::avx512

@@ -1,0 +1,32 @@
+// dot.h in NEON with the dot-product extension (Armv8.2): sdot.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "matrix.h"
+#include "simd_neon.h"
+
+namespace gemma2::neon {
+
+struct Weights {
+  int8x16_t v[4];  // 4 outputs each
+};
+
+inline Weights load_q8(const int8_t* p) { return {{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}}; }
+inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
+  const int8x16_t table = vld1q_s8(kQ4Codebook);
+  for (int i = 0; i < 4; ++i) {
+    const uint8x16_t codes = vld1q_u8(nibbles + 16 * i);
+    low.v[i] = vqtbl1q_s8(table, vandq_u8(codes, vdupq_n_u8(15)));
+    high.v[i] = vqtbl1q_s8(table, vshrq_n_u8(codes, 4));
+  }
+}
+inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
+inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, sizeof four);
+  const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], w.v[i], inputs);
+}
+
+}  // namespace gemma2::neon
