@@ -23,23 +23,23 @@ namespace gemma2::GEMMA2_ISA {
 namespace {
 
 // Rows and halves of tiles of a register tile. 32 registers of AVX-512: 6 × 4 sums, 4 of w, 1 of x. NEON, four
-// registers to a vector: 6 × 1, likewise. AVX2 has 16 registers, two to a vector: 6 × 1 sums, 2 of w, 1 of x.
+// registers to a vector: 6 × 1, likewise. AVX2 has 16 registers, two to a vector: 6 × 1 sums, 2 of w, 1 of x, a mask.
 #if defined(GEMMA2_ISA_AVX512)
 constexpr int kMaxRows = 6;
 constexpr int halves_for(int) { return 4; }
-#elif defined(GEMMA2_ISA_AVX2)
-constexpr int kMaxRows = 6;
-constexpr int halves_for(int rows) { return rows <= 3 ? 2 : 1; }
-#elif defined(GEMMA2_ISA_NEON)
+constexpr int64_t kBlockSteps = 512;
+#elif defined(GEMMA2_ISA_AVX2) || defined(GEMMA2_ISA_NEON)
 constexpr int kMaxRows = 6;
 constexpr int halves_for(int rows) { return rows <= 2 ? 2 : 1; }
+constexpr int64_t kBlockSteps = 256;
 #else
 constexpr int kMaxRows = 4;
 constexpr int halves_for(int) { return 1; }
+constexpr int64_t kBlockSteps = 256;
 #endif
 
+// 4 tiles × 512 steps × 128 bytes: 256 KiB, a quarter to a half of an L2 cache.
 constexpr int kPanelTiles = 4;
-constexpr int64_t kBlockSteps = 512;  // × 4 tiles × 128 bytes: 256 KiB, a quarter to a half of an L2 cache
 // A task should take longer than the 0.1 µs of handing it out, a loop longer than the 2 µs of starting it: in words of
 // w times rows, of which a core does some 16 a nanosecond out of registers and 4 out of the L3 cache.
 constexpr int64_t kTaskWork = 1 << 15;
@@ -51,15 +51,21 @@ struct Float32 {
   static const float* words(const Activations& x) { return x.float32.get(); }
   static int64_t words_per_row(const Activations& x) { return x.padded_width; }
 
+  struct Rows {
+    const float* x;
+    int64_t stride;
+    Rows(const float* x, int64_t stride, int, int64_t) : x(x), stride(stride) {}
+  };
+
   template <int rows, int halves>
-  static inline void step(const float* const (&w)[halves], const float* x, int64_t x_stride,
-                          F32x16 (&sums)[rows][halves]) {
+  static inline void step(const float* const (&w)[halves], const Rows& x, int64_t s, F32x16 (&sums)[rows][halves]) {
     F32x16 weights[halves];
+#pragma GCC unroll 8
     for (int h = 0; h < halves; ++h) weights[h] = F32x16::load(w[h]);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const F32x16 value = F32x16::broadcast(x[r * x_stride]);
-#pragma GCC unroll 4
+      const F32x16 value = F32x16::broadcast(x.x[r * x.stride + s]);
+#pragma GCC unroll 8
       for (int h = 0; h < halves; ++h) sums[r][h] = fma(value, weights[h], sums[r][h]);
     }
   }
@@ -71,91 +77,153 @@ struct Bfloat16 {
   static const uint32_t* words(const Activations& x) { return reinterpret_cast<const uint32_t*>(x.bfloat16.get()); }
   static int64_t words_per_row(const Activations& x) { return x.padded_width / 2; }
 
+#if defined(GEMMA2_ISA_AVX512) || defined(GEMMA2_ISA_SCALAR)
+  struct Rows {
+    const uint32_t* x;
+    int64_t stride;
+    Rows(const uint32_t* x, int64_t stride, int, int64_t) : x(x), stride(stride) {}
+  };
+
   template <int rows, int halves>
-  static inline void step(const uint32_t* const (&w)[halves], const uint32_t* x, int64_t x_stride,
-                          F32x16 (&sums)[rows][halves]) {
+  static inline void step(const uint32_t* const (&w)[halves], const Rows& x, int64_t s, F32x16 (&sums)[rows][halves]) {
     Bf16x32 weights[halves];
+#pragma GCC unroll 8
     for (int h = 0; h < halves; ++h) weights[h] = Bf16x32::load(w[h]);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       uint32_t pair;
-      __builtin_memcpy(&pair, x + r * x_stride, sizeof pair);
+      __builtin_memcpy(&pair, x.x + r * x.stride + s, sizeof pair);
       const Bf16x32 value = Bf16x32::broadcast(pair);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int h = 0; h < halves; ++h) sums[r][h] = dot(value, weights[h], sums[r][h]);
     }
   }
+#else
+  // Without an instruction for dot(), a block of x becomes float32 first.
+  struct Rows {
+    float x[kMaxRows][2 * kBlockSteps];
+    Rows(const uint32_t* from, int64_t stride, int rows, int64_t steps) {
+      for (int r = 0; r < rows; ++r) {
+        const auto* pairs = reinterpret_cast<const uint16_t*>(from + r * stride);
+        for (int64_t k = 0; k < 2 * steps; k += 16) F32x16::load_bf16(pairs + k).store(x[r] + k);
+      }
+    }
+  };
+
+  // dot() in two halves: the odd inputs of all rows, then the even ones.
+  template <int rows, int halves>
+  static inline void step(const uint32_t* const (&w)[halves], const Rows& x, int64_t s, F32x16 (&sums)[rows][halves]) {
+    F32x16 weights[halves];
+#pragma GCC unroll 8
+    for (int h = 0; h < halves; ++h) weights[h] = Bf16x32::load(w[h]).odd();
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const F32x16 value = F32x16::broadcast(x.x[r][2 * s + 1]);
+#pragma GCC unroll 8
+      for (int h = 0; h < halves; ++h) sums[r][h] = fma(value, weights[h], sums[r][h]);
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < halves; ++h) weights[h] = Bf16x32::load(w[h]).even();
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const F32x16 value = F32x16::broadcast(x.x[r][2 * s]);
+#pragma GCC unroll 8
+      for (int h = 0; h < halves; ++h) sums[r][h] = fma(value, weights[h], sums[r][h]);
+    }
+  }
+#endif
 };
 
-// The part of a product that a call works on: rows from `row`, outputs from `half` · 16, `num_steps` steps from `step`.
 template <class Format>
-struct Part {
+struct Product {
   using Word = typename Format::Word;
   const Word* x;
   const Word* w;
   float* out;
-  int64_t steps, outputs;  // of the whole product; steps is also the words of a row of x
+  int64_t steps, outputs;  // steps is also the words of a row of x
 
-  const Word* row_at(int64_t row, int64_t step) const { return x + row * steps + step; }
   const Word* weights_at(int64_t half, int64_t step) const {
     return w + (half / 2) * steps * kTile + step * kTile + (half % 2) * kLanesPerHalf;
   }
 
-  template <int rows, int halves>
-  void register_tile(int64_t row, int64_t half, int64_t step, int64_t num_steps) const {
+  // Adds the steps from `step` to the outputs from half · 16. While it reads one block of w it asks for the next.
+  template <int rows, int halves, bool ahead>
+  [[gnu::noinline]] void register_tile(const typename Format::Rows& x, int64_t row, int64_t half, int64_t step, int64_t num_steps) const {
     F32x16 sums[rows][halves];
     int lanes[halves];
+    const Word* weights[halves];
+#pragma GCC unroll 8
     for (int h = 0; h < halves; ++h) {
       const int64_t left = outputs - (half + h) * kLanesPerHalf;
       lanes[h] = static_cast<int>(left < 0 ? 0 : left < kLanesPerHalf ? left : kLanesPerHalf);
+      weights[h] = weights_at(half + h, step);
     }
     float* to = out + row * outputs + half * kLanesPerHalf;
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
       for (int h = 0; h < halves; ++h) {
         sums[r][h] = step == 0 ? F32x16::zero() : F32x16::load_partial(to + r * outputs + h * kLanesPerHalf, lanes[h]);
       }
     }
-    const Word* from = row_at(row, step);
-    const Word* weights[halves];
-    for (int h = 0; h < halves; ++h) weights[h] = weights_at(half + h, step);
     for (int64_t s = 0; s < num_steps; ++s) {
-      Format::template step<rows, halves>(weights, from + s, steps, sums);
+      if constexpr (ahead) {
+        __builtin_prefetch(weights[0] + num_steps * kTile);
+        __builtin_prefetch(weights[0] + num_steps * kTile + kLanesPerHalf);
+      }
+      Format::template step<rows, halves>(weights, x, s, sums);
+#pragma GCC unroll 8
       for (int h = 0; h < halves; ++h) weights[h] += kTile;
     }
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
       for (int h = 0; h < halves; ++h) sums[r][h].store_partial(to + r * outputs + h * kLanesPerHalf, lanes[h]);
     }
   }
 
   template <int rows>
-  void some_rows(int64_t row, int64_t first_half, int64_t last_half, int64_t step, int64_t num_steps) const {
+  void some_rows(int64_t first_row, int64_t row, int64_t first_half, int64_t last_half, int64_t step, int64_t num_steps) const {
     constexpr int halves = halves_for(rows);
+    const typename Format::Rows values(x + row * steps + step, steps, rows, num_steps);
     int64_t half = first_half;
-    for (; half + halves <= last_half; half += halves) register_tile<rows, halves>(row, half, step, num_steps);
-    if constexpr (halves > 2) {
-      if (half < last_half) register_tile<rows, 2>(row, half, step, num_steps);
+    if constexpr (halves == 1) {
+      for (; half < last_half; half += 2) {
+        if (row == first_row) {
+          register_tile<rows, 1, true>(values, row, half, step, num_steps);
+        } else {
+          register_tile<rows, 1, false>(values, row, half, step, num_steps);
+        }
+        register_tile<rows, 1, false>(values, row, half + 1, step, num_steps);
+      }
+    } else {
+      for (; half + halves <= last_half; half += halves) {
+        register_tile<rows, halves, false>(values, row, half, step, num_steps);
+      }
+      if constexpr (halves > 2) {
+        if (half < last_half) register_tile<rows, 2, false>(values, row, half, step, num_steps);
+      }
     }
   }
 
   // All rows from first_row to last_row - 1 of a panel of tiles.
   void panel(int64_t first_row, int64_t last_row, int64_t first_tile, int64_t last_tile) const {
     const int64_t num_parts = (last_row - first_row + kMaxRows - 1) / kMaxRows;
-    const int64_t block = num_parts == 1 ? steps : kBlockSteps;
-    for (int64_t step = 0; step < steps; step += block) {
-      const int64_t num_steps = steps - step < block ? steps - step : block;
+    for (int64_t step = 0; step < steps; step += kBlockSteps) {
+      const int64_t num_steps = steps - step < kBlockSteps ? steps - step : kBlockSteps;
       for (int64_t part = 0; part < num_parts; ++part) {
         const int64_t row = first_row + (last_row - first_row) * part / num_parts;
         const int64_t end = first_row + (last_row - first_row) * (part + 1) / num_parts;
         switch (end - row) {
-          case 1: some_rows<1>(row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 2: some_rows<2>(row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 3: some_rows<3>(row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 4: some_rows<4>(row, first_tile * 2, last_tile * 2, step, num_steps); break;
+          case 1: some_rows<1>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
+          case 2: some_rows<2>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
+          case 3: some_rows<3>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
+          case 4: some_rows<4>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
           case 5:
-            if constexpr (kMaxRows >= 5) some_rows<5>(row, first_tile * 2, last_tile * 2, step, num_steps);
+            if constexpr (kMaxRows >= 5) some_rows<5>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps);
             break;
           case 6:
-            if constexpr (kMaxRows >= 6) some_rows<6>(row, first_tile * 2, last_tile * 2, step, num_steps);
+            if constexpr (kMaxRows >= 6) some_rows<6>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps);
             break;
         }
       }
@@ -165,7 +233,7 @@ struct Part {
 
 template <class Format>
 void multiply(ThreadPool& pool, const Activations& x, const Matrix& w, float* out) {
-  const Part<Format> product{Format::words(x), reinterpret_cast<const typename Format::Word*>(w.data), out,
+  const Product<Format> product{Format::words(x), reinterpret_cast<const typename Format::Word*>(w.data), out,
                              Format::words_per_row(x), w.outputs};
   const int64_t tiles = w.num_tiles(), tile_work = product.steps * kTile * x.rows;
   // Panels of one tile hand out few rows most evenly; more rows want a panel that they share.
