@@ -6,6 +6,8 @@
 //   dot_start    what the accumulators of a group start from, given the sum of its activations (a product that is biased
 //                to suit an instruction is put right here)
 //   dot4         accumulator of output i += Σ_b weight(i, b) · x[b]
+//   kMaxRows     rows of activations whose accumulators fit the registers beside one another
+//   kUnroll      how far to unroll loops over rows and steps (the plain version would become megabytes of code)
 //
 // From dot_start through dot4 over all inputs of a group: the exact integer, on every instruction set.
 #pragma once

@@ -6,6 +6,9 @@
 
 namespace gemma2::avx2 {
 
+constexpr int kMaxRows = 4;
+constexpr int kUnroll = 16;
+
 struct Weights {
   __m256i lo, hi;
 };

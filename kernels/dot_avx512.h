@@ -7,6 +7,9 @@
 
 namespace gemma2::avx512 {
 
+constexpr int kMaxRows = 8;
+constexpr int kUnroll = 16;
+
 struct Weights {
   __m512i v;
 };

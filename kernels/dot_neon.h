@@ -8,6 +8,9 @@
 
 namespace gemma2::neon {
 
+constexpr int kMaxRows = 4;
+constexpr int kUnroll = 16;
+
 struct Weights {
   int8x16_t v[4];  // 4 outputs each
 };

@@ -6,6 +6,9 @@
 
 namespace gemma2::scalar {
 
+constexpr int kMaxRows = 1;
+constexpr int kUnroll = 1;
+
 struct Weights {
   int8_t v[64];
 };

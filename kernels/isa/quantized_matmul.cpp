@@ -10,6 +10,9 @@
 // Layouts: activations.h, matrix.h. Padding (inputs up to 64, outputs up to 32) is read; padded outputs are not written.
 #include "quantized_matmul.h"
 
+#include <array>
+#include <utility>
+
 #include "dot.h"
 #include "simd.h"
 
@@ -31,7 +34,6 @@ struct Q8 {
 };
 constexpr int kSteps = 8;  // of 8 inputs in a group
 
-constexpr int kMaxRows = 8;
 
 // num_rows rows of x from `row` on times one tile.
 template <class Format, int num_rows>
@@ -46,22 +48,22 @@ void multiply_tile(const Activations& x, int64_t row, const typename Format::Blo
   const float* scales = x.scales.get() + row * num_groups;
   const int32_t* totals = x.sums.get() + row * num_groups;
   for (int64_t group = 0; group < num_groups; ++group) {
-#pragma GCC unroll 2
+#pragma GCC unroll kUnroll
     for (int half = 0; half < 2; ++half) {
       I32x16 dots[num_rows];
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
       for (int r = 0; r < num_rows; ++r) dots[r] = dot_start(totals[r * num_groups + group]);
-#pragma GCC unroll 8
+#pragma GCC unroll kUnroll
       for (int step = 0; step < kSteps; ++step) {
         Weights first, second;
         Format::unpack(blocks[group], half, step, first, second);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
         for (int r = 0; r < num_rows; ++r) dot4(dots[r], first, values + r * width + group * kGroup + step * 8);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
         for (int r = 0; r < num_rows; ++r) dot4(dots[r], second, values + r * width + group * kGroup + step * 8 + 4);
       }
       const F32x16 scale = F32x16::load_f16(blocks[group].scales + half * kLanesPerHalf);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnroll
       for (int r = 0; r < num_rows; ++r) {
         sums[half][r] = fma(to_f32(dots[r]), F32x16::broadcast(scales[r * num_groups + group]) * scale, sums[half][r]);
       }
@@ -78,9 +80,9 @@ void multiply_tile(const Activations& x, int64_t row, const typename Format::Blo
 template <class Format>
 void multiply_matrix(ThreadPool& pool, const Activations& x, const Matrix& w, float* out) {
   using Tile = void (*)(const Activations&, int64_t, const typename Format::Block*, float*, int64_t, int);
-  static constexpr Tile tiles[kMaxRows] = {multiply_tile<Format, 1>, multiply_tile<Format, 2>, multiply_tile<Format, 3>,
-                                           multiply_tile<Format, 4>, multiply_tile<Format, 5>, multiply_tile<Format, 6>,
-                                           multiply_tile<Format, 7>, multiply_tile<Format, 8>};
+  static constexpr auto tiles = []<size_t... n>(std::index_sequence<n...>) {
+    return std::array<Tile, kMaxRows>{multiply_tile<Format, n + 1>...};
+  }(std::make_index_sequence<kMaxRows>());
   pool.parallel_for(w.num_tiles(), [&](int64_t tile, int) {
     const auto* blocks = reinterpret_cast<const typename Format::Block*>(w.data + tile * w.tile_bytes());
     const int64_t left = w.outputs - tile * kTile;
