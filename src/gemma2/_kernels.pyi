@@ -139,3 +139,90 @@ def matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.floa
 
 def quantized_matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.float32]) -> None:
     """out (rows, outputs) = x · Wᵀ. x: int8; w: q4 or q8. The same bits for any threads, instruction set, other rows."""
+
+# Attention and its cache
+
+KV_BLOCK: Final[int]
+"""Tokens of a block of the cache."""
+
+class KVCache:
+    """Keys and values of one layer in blocks, over memory that it keeps alive.
+
+    dtype: "float32", "bfloat16" or "int8" (a scale per token and head). head_dim: even, at most 1024.
+    memory: (num_blocks · block_bytes,) uint8, 64-byte aligned; what is in it does not matter.
+    """
+
+    def __init__(
+        self, dtype: str, kv_heads: int, head_dim: int, num_blocks: int, memory: npt.NDArray[np.uint8]
+    ) -> None: ...
+    @staticmethod
+    def block_bytes(dtype: str, kv_heads: int, head_dim: int) -> int:
+        """The size of a block: `KV_BLOCK` tokens of all heads."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    def keys(self, block: int, kv_head: int) -> npt.NDArray[np.float32]:
+        """The keys of a block as (KV_BLOCK, head_dim); those of tokens not written yet are anything."""
+
+    def values(self, block: int, kv_head: int) -> npt.NDArray[np.float32]:
+        """The values of a block as (KV_BLOCK, head_dim)."""
+
+class BatchTable:
+    """The sequences of one forward pass and where their blocks are (copied).
+
+    row_starts: (n + 1,) int32, rows row_starts[i] … row_starts[i + 1] - 1 are the next tokens of sequence i.
+    positions: (n,) int32, the absolute position of the first of them.
+    block_tables: (n, blocks) int32, entry j is the block of positions j · KV_BLOCK and on, anything where no row sees.
+    """
+
+    def __init__(
+        self,
+        row_starts: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        block_tables: npt.NDArray[np.int32],
+    ) -> None: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+
+def append_kv(
+    runtime: Runtime,
+    qkv: npt.NDArray[np.float32],
+    cos: npt.NDArray[np.float32],
+    sin: npt.NDArray[np.float32],
+    table: BatchTable,
+    cache: KVCache,
+    query_scale: float,
+    queries: npt.NDArray[np.float32],
+) -> None:
+    """Turns queries and keys by their position (RoPE, half-split), and writes keys and values into the cache.
+
+    qkv: (rows, (heads + 2 · kv_heads) · head_dim). cos, sin: (rows, head_dim / 2). queries: (rows, heads · head_dim),
+    written: turned and multiplied by query_scale. The first token of a block zeroes its values; so a sequence that
+    goes on inside a block needs the block itself or a copy of it.
+    """
+
+def attend(
+    runtime: Runtime,
+    queries: npt.NDArray[np.float32],
+    table: BatchTable,
+    cache: KVCache,
+    window: int,
+    cap: float,
+    out: npt.NDArray[np.float32],
+) -> None:
+    """out = softmax(cap · tanh(q · k / cap)) · v over the keys that a row sees, of the rows after `append_kv`.
+
+    window: tokens that a row sees, itself included; 0 for all. cap: 0 for none. queries, out: (rows, heads · head_dim).
+    A row's bits depend on its query, keys and values only.
+    """
+
+def copy_block(runtime: Runtime, cache: KVCache, source: int, destination: int) -> None:
+    """Copies a block of all heads, for a sequence that shares the beginning of it with another one."""
