@@ -1,9 +1,6 @@
 // Products with packed weights: with float32 and bfloat16 ones, and with those of any format.
 #include "../float_matmul.h"
-#if __has_include("../quantized_matmul.h")
 #include "../quantized_matmul.h"
-#define GEMMA2_HAS_QUANTIZED_MATMUL
-#endif
 
 #include "bindings.h"
 
@@ -35,7 +32,6 @@ void bind_matmul(nb::module_& m) {
     float_matmul_kernels(runtime.isa).float_matmul(runtime.pool, x, w, out.data());
   }, "runtime"_a, "x"_a, "w"_a, "out"_a.noconvert());
 
-#ifdef GEMMA2_HAS_QUANTIZED_MATMUL
   m.def("matmul", [](Runtime& runtime, const Activations& x, const Matrix& w, Array<float, 2> out) {
     require_product(x, w, out);
     nb::gil_scoped_release release;
@@ -45,7 +41,6 @@ void bind_matmul(nb::module_& m) {
       float_matmul_kernels(runtime.isa).float_matmul(runtime.pool, x, w, out.data());
     }
   }, "runtime"_a, "x"_a, "w"_a, "out"_a.noconvert());
-#endif
 }
 
 }  // namespace gemma2

@@ -32,20 +32,28 @@ def packed(weights: Float32, format: str) -> _kernels.Matrix:
 
 
 def activations(x: Float32, format: str) -> _kernels.Activations:
-    """Rows of a spread of magnitudes; what they hold is read back as `dequantized`."""
     out = _kernels.Activations(format, len(x), x.shape[1])
-    _kernels.rms_norm(_kernels.Runtime(1), x, np.zeros(x.shape[1], np.float32), 1e-6, out)
+    _kernels.write_activations(_kernels.Runtime(1), x, out)
     return out
 
 
+def flushed(x: Float32) -> Float32:
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
 def expected(x: Float32, w: Float32, format: str) -> Float32:
-    """The sum over inputs in the kernels' order, each fma rounded once."""
+    """The sum over inputs in the kernels' order, each fma rounded once; bfloat16 knows no subnormals."""
     inputs = x.shape[1]
-    order = range(inputs) if format == "float32" else [k ^ 1 for k in range(inputs + inputs % 2)]
     out = np.zeros((len(x), len(w)), np.float32)
+    if format == "float32":
+        order, keep = list(range(inputs)), lambda values: values
+    else:
+        order, keep = [k ^ 1 for k in range(inputs + inputs % 2)], flushed
+        x, w = flushed(x), flushed(w)
     for k in order:
         if k < inputs:
-            out = (x[:, k, None].astype(np.float64) * w[None, :, k].astype(np.float64) + out).astype(np.float32)
+            product = x[:, k, None].astype(np.float64) * w[None, :, k].astype(np.float64)
+            out = keep((product + out).astype(np.float32))
     return out
 
 
@@ -83,6 +91,19 @@ def test_bits_for_every_size(isa: str, format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("isa", _kernels.available_isas())
+def test_bits_at_the_edge_of_subnormals(isa: str, format: str) -> None:
+    """Inputs, products and sums below 2^-126: kept for float32, zeros for bfloat16."""
+    rng = np.random.default_rng(7)
+    runtime = _kernels.Runtime(1, isa)
+    for inputs, scale_x, scale_w in [(2, -63, -63), (64, -60, -64), (64, -120, -3), (64, -130, 10), (64, 10, -128)]:
+        x = activations(np.ldexp(rng.standard_normal((7, inputs), np.float32), scale_x), format)
+        w = packed(np.ldexp(rng.standard_normal((48, inputs), np.float32), scale_w), format)
+        reference = expected(x.dequantized(), _kernels.unpack_matrix(runtime, w), format)
+        np.testing.assert_array_equal(product(runtime, x, w), reference)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_rows_and_threads_do_not_change_bits(format: str) -> None:
     x, w = random_product(61, 517, 1100, format)
     rng = np.random.default_rng(0)
@@ -107,19 +128,39 @@ def test_error_is_that_of_float32(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_infinity_stays_in_its_row_and_output(format: str) -> None:
+@pytest.mark.parametrize("isa", _kernels.available_isas())
+def test_infinity_stays_in_its_row(isa: str, format: str) -> None:
     rng = np.random.default_rng(1)
-    w = rng.standard_normal((40, 64), np.float32)
-    matrix = packed(w, format)
-    x = activations(rng.standard_normal((7, 64), np.float32), format)
-    before = product(_kernels.Runtime(1), x, matrix)
+    w = packed(rng.standard_normal((40, 64), np.float32), format)
     values = rng.standard_normal((7, 64), np.float32)
+    before = product(_kernels.Runtime(1, isa), activations(values, format), w)
     values[3, 5] = np.inf
-    with_nan = activations(values, format)
-    after = product(_kernels.Runtime(1), with_nan, matrix)
-    assert np.isnan(after[3]).all()
-    assert np.isfinite(np.delete(after, 3, axis=0)).all()
-    assert np.isfinite(before).all()
+    after = product(_kernels.Runtime(1, isa), activations(values, format), w)
+    assert np.isinf(after[3]).all()
+    np.testing.assert_array_equal(np.delete(after, 3, axis=0), np.delete(before, 3, axis=0))
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "q8", "q4"])
+def test_matmul_takes_every_format(format: str) -> None:
+    rng = np.random.default_rng(2)
+    w = packed(rng.standard_normal((40, 70), np.float32), format)
+    x = activations(rng.standard_normal((3, 70), np.float32), w.activation_format)
+    runtime = _kernels.Runtime(1)
+    out, same = np.empty((3, 40), np.float32), np.empty((3, 40), np.float32)
+    _kernels.matmul(runtime, x, w, out)
+    (_kernels.float_matmul if format in FORMATS else _kernels.quantized_matmul)(runtime, x, w, same)
+    np.testing.assert_array_equal(out, same)
+    exact = x.dequantized().astype(np.float64) @ _kernels.unpack_matrix(runtime, w).astype(np.float64).T
+    np.testing.assert_allclose(out, exact, atol=1e-4)
+    with pytest.raises(ValueError, match="these weights need activations in"):
+        _kernels.matmul(
+            runtime, activations(np.ones((3, 70), np.float32), "int8" if format in FORMATS else "float32"), w, out
+        )
+
+
+def test_no_rows() -> None:
+    x, w = _kernels.Activations("float32", 1, 64), packed(np.ones((40, 64), np.float32), "float32")
+    _kernels.matmul(_kernels.Runtime(2), x, w, np.empty((0, 40), np.float32))
 
 
 def test_bad_arguments() -> None:
