@@ -9,12 +9,13 @@ import pytest
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import ConfigError
 from gemma2.memory import (
+    ENGINE_ROWS,
     activation_bytes,
     adapter_parameters,
     adapter_training,
+    engine_prefill_bytes,
     full_training,
     kv_cache_bytes,
-    layer_matrices,
     logits_bytes,
     prefill_bytes,
     weight_bytes,
@@ -38,10 +39,52 @@ def test_a_row_that_ends_in_part_of_a_group_pays_for_the_group() -> None:
     config = tiny_config(hidden_size=65, intermediate_size=64)
     groups = {64: 1, 65: 2, 32: 1}  # ceil(columns / 64); 32 = heads x head size
     expected = config.vocab_size * groups[65] * 34
-    for rows, columns in layer_matrices(config).values():
+    # q, k and v are one matrix of 64 rows, gate and up one of 128; o and down have 65 rows, in three tiles of 32.
+    for rows, columns in ((64, 65), (96, 32), (128, 65), (96, 64)):
         expected += config.num_hidden_layers * rows * groups[columns] * 34
     expected += (4 * config.num_hidden_layers + 1) * 65 * 4
     assert weight_bytes(config, "q4") == expected
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 65}, {"intermediate_size": 33, "vocab_size": 130}])
+@pytest.mark.parametrize("weight_format", ["q8", "q4"])
+def test_quantized_weights_take_what_the_engine_packs(weight_format: str, sizes: dict[str, int]) -> None:
+    kernels = pytest.importorskip("gemma2._kernels")
+    from gemma2.quantization import packed_shapes
+
+    config = tiny_config(**sizes)
+    packed = 0
+    for shape in packed_shapes(config).values():
+        packed += kernels.matrix_bytes(weight_format, *shape) if len(shape) == 2 else 4 * shape[0]
+    assert weight_bytes(config, weight_format) == packed
+
+
+@pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "int8"])
+def test_a_cache_takes_what_the_engine_takes(kv_format: str) -> None:
+    kernels = pytest.importorskip("gemma2._kernels")
+    if not hasattr(kernels, "KVCache"):
+        pytest.skip("these kernels have no attention")
+    config = PRESETS["2b"]
+    block = kernels.KVCache.block_bytes(kv_format, config.num_key_value_heads, config.head_dim)
+    planned = kv_cache_bytes(config, kernels.KV_BLOCK, kv_format=kv_format)
+    assert planned == config.num_hidden_layers * block
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 512, 2000])
+def test_prefill_takes_what_the_engine_allocates(chunk: int) -> None:
+    kernels = pytest.importorskip("gemma2._kernels")
+    from gemma2.cpu import model
+
+    config = PRESETS["2b"]
+    assert model.MAX_ROWS == ENGINE_ROWS
+    rows = model.Buffers.allocate(config, "int8").first_rows(min(chunk, model.MAX_ROWS))
+    num_bytes = 0
+    for array in vars(rows).values():
+        if isinstance(array, kernels.Activations):
+            num_bytes += min(chunk, model.MAX_ROWS) * (array.width + array.width // kernels.GROUP * 8)
+        else:
+            num_bytes += array.nbytes
+    assert engine_prefill_bytes(config, chunk_tokens=chunk) == num_bytes
 
 
 @pytest.mark.parametrize(("name", "whole", "bounded"), [("2b", 832, 624), ("9b", 2688, 2016), ("27b", 2944, 2208)])
@@ -50,9 +93,9 @@ def test_kv_cache_of_a_whole_context(name: str, whole: int, bounded: int) -> Non
     assert kv_cache_bytes(config, 8192, bounded=False) == whole * MIB
     assert kv_cache_bytes(config, 8192) == bounded * MIB
     assert kv_cache_bytes(config, 8192, kv_format="float32") == 2 * bounded * MIB
-    # int8 halves the values and adds a float16 for each vector of head_dim values.
+    # int8 halves the values and adds a float32 for each vector of head_dim values.
     assert (
-        kv_cache_bytes(config, 8192, kv_format="int8") == bounded * MIB // 2 * (config.head_dim + 2) // config.head_dim
+        kv_cache_bytes(config, 8192, kv_format="int8") == bounded * MIB // 2 * (config.head_dim + 4) // config.head_dim
     )
 
 

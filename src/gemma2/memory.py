@@ -17,9 +17,13 @@ from gemma2.config import Gemma2Config
 from gemma2.errors import ConfigError, nearest_name
 
 GROUP_SIZE: Final = 64
-"""Weights that share one scale in q8 and q4."""
+"""Weights that share one scale in q8 and q4, and activations that do in their products."""
+TILE_ROWS: Final = 32
+"""Rows of a q8 or q4 matrix that are packed together; what is missing in the last tile is filled up."""
 SCALE_BYTES: Final = 2
-"""A scale is a float16."""
+"""A weight's scale is a float16."""
+KV_SCALE_BYTES: Final = 4
+"""The scale of an int8 key or value is a float32."""
 WEIGHT_FORMATS: Final[Mapping[str, float]] = {"float32": 32, "bfloat16": 16, "q8": 8.25, "q4": 4.25}
 """Bits per weight of a matrix whose width is a multiple of `GROUP_SIZE`: q8 is 8 + 16 / 64, q4 is 4 + 16 / 64."""
 KV_FORMATS: Final = ("float32", "bfloat16", "int8")
@@ -28,6 +32,8 @@ ADAPTABLE_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
 
 QUERY_BLOCK: Final = 256
 """Queries whose scores exist at once; attention takes long inputs in blocks of so many."""
+ENGINE_ROWS: Final = 512
+"""Rows that the CPU engine takes through its layers together; longer chunks go in parts."""
 
 
 def loss_chunk_tokens(vocab_size: int) -> int:
@@ -63,7 +69,8 @@ def weight_bytes(config: Gemma2Config, weight_format: str) -> int:
     Args:
         config: the architecture.
         weight_format: one of `WEIGHT_FORMATS`. In q8 and q4, each `GROUP_SIZE` neighbours of a row share a float16
-            scale; the embedding, which is the head, is quantized too.
+            scale; the embedding, which is the head, is quantized too. Rows are filled up to a multiple of
+            `GROUP_SIZE`, and matrices to one of `TILE_ROWS`: the layout is that of kernels/matrix.h.
 
     Raises:
         ConfigError: there is no such format.
@@ -76,15 +83,27 @@ def weight_bytes(config: Gemma2Config, weight_format: str) -> int:
     if weight_format in ("float32", "bfloat16"):
         return config.count_parameters().total * (4 if weight_format == "float32" else 2)
     value_bits = 8 if weight_format == "q8" else 4
-    layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in layer_matrices(config).values())
+    layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in _packed_layer_matrices(config))
     embedding = _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=value_bits)
     norms = (4 * config.num_hidden_layers + 1) * config.hidden_size * 4
     return embedding + config.num_hidden_layers * layer + norms
 
 
+def _packed_layer_matrices(config: Gemma2Config) -> list[tuple[int, int]]:
+    """The matrices of a layer as they are packed: q, k and v are one, and so are gate and up."""
+    rows = {name: outputs for name, (outputs, _) in layer_matrices(config).items()}
+    width = config.hidden_size
+    return [
+        (rows["q_proj"] + rows["k_proj"] + rows["v_proj"], width),
+        (width, rows["q_proj"]),
+        (rows["gate_proj"] + rows["up_proj"], width),
+        (width, config.intermediate_size),
+    ]
+
+
 def _quantized_bytes(num_rows: int, num_columns: int, *, value_bits: int) -> int:
-    num_groups = -(-num_columns // GROUP_SIZE)
-    return num_rows * num_groups * (GROUP_SIZE * value_bits // 8 + SCALE_BYTES)
+    num_tiles, num_groups = -(-num_rows // TILE_ROWS), -(-num_columns // GROUP_SIZE)
+    return num_tiles * TILE_ROWS * num_groups * (GROUP_SIZE * value_bits // 8 + SCALE_BYTES)
 
 
 def kv_cache_bytes(config: Gemma2Config, num_tokens: int, *, kv_format: str = "bfloat16", bounded: bool = True) -> int:
@@ -93,8 +112,11 @@ def kv_cache_bytes(config: Gemma2Config, num_tokens: int, *, kv_format: str = "b
     Args:
         config: the architecture.
         num_tokens: length of the sequence.
-        kv_format: one of `KV_FORMATS`; int8 adds one float16 scale for each key and each value vector of a head.
+        kv_format: one of `KV_FORMATS`; int8 adds one float32 scale for each key and each value vector of a head.
         bounded: whether local layers keep only the last W tokens.
+
+    Returns:
+        The bytes; the CPU engine takes them in blocks of 32 tokens, so up to 31 tokens more.
 
     Raises:
         ConfigError: there is no such format.
@@ -105,7 +127,7 @@ def kv_cache_bytes(config: Gemma2Config, num_tokens: int, *, kv_format: str = "b
     num_bytes = config.kv_cache_bytes(num_tokens, bytes_per_value=bytes_per_value, bounded=bounded)
     if kv_format == "int8":
         num_vectors = num_bytes // config.head_dim
-        num_bytes += num_vectors * SCALE_BYTES
+        num_bytes += num_vectors * KV_SCALE_BYTES
     return num_bytes
 
 
@@ -139,6 +161,30 @@ def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, byt
     num_scores = config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys
     attention = 2 * chunk_tokens * heads * bytes_per_value + num_scores * bytes_per_score
     return stream + max(norm, mlp, attention)
+
+
+def engine_prefill_bytes(config: Gemma2Config, *, chunk_tokens: int) -> int:
+    """The CPU engine's buffers while a chunk of a prompt goes through it, with q8 or q4 weights.
+
+    They are made once and used by every layer, so this is all at once; scores exist only in tiles that the processor's
+    cache holds. For each of up to `ENGINE_ROWS` tokens, in float32 unless said:
+
+        residual stream, update      2 · D
+        attention                    (3 · N + 2 · K) · H  q, k and v; queries, turned; what the heads saw
+        MLP                          2 · I                gate and up
+        inputs of products           D + N · H + I        int8, with a scale and a sum for each `GROUP_SIZE`
+
+    Args:
+        config: the architecture.
+        chunk_tokens: tokens that go through the model at once.
+    """
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    floats = 2 * config.hidden_size + 3 * queries + 2 * keys + 2 * config.intermediate_size
+    inputs = 0
+    for width in (config.hidden_size, queries, config.intermediate_size):
+        inputs += -(-width // GROUP_SIZE) * (GROUP_SIZE + 2 * 4)
+    return min(chunk_tokens, ENGINE_ROWS) * (4 * floats + inputs)
 
 
 # -- training -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from gemma2.memory import (
     TrainingMemory,
     adapter_parameters,
     adapter_training,
+    engine_prefill_bytes,
     full_training,
     kv_cache_bytes,
     logits_bytes,
@@ -158,17 +159,21 @@ def plan_running(setup: Setup) -> list[RunningPlan]:
         # Activations and cache are float32 beside float32 weights, and bf16 beside all others.
         is_float32 = weight_format == "float32"
         kv_format = "float32" if is_float32 else "bfloat16"
+        if weight_format in ("q8", "q4"):  # which only the CPU engine runs
+            prefill = engine_prefill_bytes(config, chunk_tokens=setup.chunk_tokens)
+        else:
+            prefill = prefill_bytes(
+                config,
+                chunk_tokens=setup.chunk_tokens,
+                num_keys=setup.context,
+                bytes_per_value=4 if is_float32 else 2,
+            )
         plans.append(
             RunningPlan(
                 weight_format=weight_format,
                 weights=weight_bytes(config, weight_format),
                 kv_cache=setup.batch_size * kv_cache_bytes(config, setup.context, kv_format=kv_format),
-                prefill=prefill_bytes(
-                    config,
-                    chunk_tokens=setup.chunk_tokens,
-                    num_keys=setup.context,
-                    bytes_per_value=4 if is_float32 else 2,
-                ),
+                prefill=prefill,
                 logits=logits_bytes(config, setup.batch_size),
             )
         )
@@ -261,7 +266,8 @@ def _print_running(console: Console, setup: Setup) -> None:
     if setup.places:
         console.print(f"“up to”: so many sequences of {setup.context:,} tokens fit at once.", style="dim")
     console.print(
-        "This version runs float32 and bfloat16; q8 and q4 are what 8- and 4-bit weights will take.", style="dim"
+        "q8 and q4 are the CPU engine's 8- and 4-bit weights; `gemma2 bench` measures how fast they run here.",
+        style="dim",
     )
     whole = logits_bytes(setup.config, setup.context * setup.batch_size)
     console.print(
