@@ -10,7 +10,8 @@
 //           abs, sqrt, copy_sign(magnitude, sign), as_i32 (same bits), round_to_i32 (nearest even),
 //           reduce_add (lanes i and i+8 first, then 4, 2, 1), reduce_max (no NaN)
 //   I32x16  load, store, broadcast, zero, + - (wrap around), &, max, reduce_add, reduce_max, to_f32, shift_left<n>,
-//           shift_right<n> (copies the sign), as_f32 (same bits), store_i8 (low bytes; the values must fit)
+//           shift_right<n> (copies the sign), as_f32 (same bits), store_i8 (the values must fit); and of four vectors
+//           at once, which is much cheaper: reduce_add4, reduce_max4 (to 4 integers), store_i8x64
 //   Mask16  a >= b, a < b, first_lanes(n), select(mask, a, b), any(mask)
 #pragma once
 

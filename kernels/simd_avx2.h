@@ -61,6 +61,34 @@ inline int32_t reduce_add(I32x16 a) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s2, _mm_shuffle_epi32(s2, 0xb1)));
 }
 
+// Sums (or maxima) of four vectors at once: pairs of lanes of two vectors, then of all four, then across the register.
+template <class Combine>
+inline __m128i reduce4(const I32x16 (&v)[4], Combine combine) {
+  __m256i half[4];
+  for (int i = 0; i < 4; ++i) half[i] = combine(v[i].lo, v[i].hi);
+  const __m256i v01 = combine(_mm256_unpacklo_epi32(half[0], half[1]), _mm256_unpackhi_epi32(half[0], half[1]));
+  const __m256i v23 = combine(_mm256_unpacklo_epi32(half[2], half[3]), _mm256_unpackhi_epi32(half[2], half[3]));
+  const __m256i all = combine(_mm256_unpacklo_epi64(v01, v23), _mm256_unpackhi_epi64(v01, v23));
+  return _mm256_castsi256_si128(combine(all, _mm256_permute4x64_epi64(all, 0x4e)));
+}
+inline void reduce_add4(const I32x16 (&v)[4], int32_t* out) {
+  const __m128i sums = reduce4(v, [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); });
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+}
+inline void reduce_max4(const I32x16 (&v)[4], int32_t* out) {
+  const __m128i maxima = reduce4(v, [](__m256i a, __m256i b) { return _mm256_max_epi32(a, b); });
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), maxima);
+}
+inline void store_i8x64(const I32x16 (&v)[4], int8_t* p) {
+  // Packing works within 128 bits: dwords 0 … 3 of the bytes hold lanes 0 … 3 of four registers, 4 … 7 the rest.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i words0 = _mm256_packs_epi32(v[i].lo, v[i].hi), words1 = _mm256_packs_epi32(v[i + 1].lo, v[i + 1].hi);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words0, words1), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * i), bytes);
+  }
+}
+
 struct F32x16 {
   __m256 lo, hi;
   static F32x16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

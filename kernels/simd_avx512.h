@@ -37,6 +37,30 @@ inline I32x16 shift_right(I32x16 a) {
 inline int32_t reduce_add(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t reduce_max(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
 
+// Sums (or maxima) of four vectors at once: pairs of lanes of two vectors, then of all four, then across the register.
+template <class Combine>
+inline __m128i reduce4(const I32x16 (&v)[4], Combine combine) {
+  const __m512i v01 = combine(_mm512_unpacklo_epi32(v[0].v, v[1].v), _mm512_unpackhi_epi32(v[0].v, v[1].v));
+  const __m512i v23 = combine(_mm512_unpacklo_epi32(v[2].v, v[3].v), _mm512_unpackhi_epi32(v[2].v, v[3].v));
+  const __m512i all = combine(_mm512_unpacklo_epi64(v01, v23), _mm512_unpackhi_epi64(v01, v23));
+  const __m512i half = combine(all, _mm512_shuffle_i64x2(all, all, 0x4e));
+  return _mm512_castsi512_si128(combine(half, _mm512_shuffle_i64x2(half, half, 0xb1)));
+}
+inline void reduce_add4(const I32x16 (&v)[4], int32_t* out) {
+  const __m128i sums = reduce4(v, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), sums);
+}
+inline void reduce_max4(const I32x16 (&v)[4], int32_t* out) {
+  const __m128i maxima = reduce4(v, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), maxima);
+}
+inline void store_i8x64(const I32x16 (&v)[4], int8_t* p) {
+  const __m512i words01 = _mm512_packs_epi32(v[0].v, v[1].v), words23 = _mm512_packs_epi32(v[2].v, v[3].v);
+  // Packing works within 128 bits; dword 4·q + i of the bytes holds lanes 4·q … 4·q + 3 of vector i.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(words01, words23)));
+}
+
 struct F32x16 {
   __m512 v;
   static F32x16 zero() { return {_mm512_setzero_ps()}; }

@@ -76,6 +76,16 @@ inline int32_t reduce_add(const I32x16& a) {
   return sum;
 }
 
+inline void reduce_add4(const I32x16 (&v)[4], int32_t* out) {
+  for (int i = 0; i < 4; ++i) out[i] = reduce_add(v[i]);
+}
+inline void reduce_max4(const I32x16 (&v)[4], int32_t* out) {
+  for (int i = 0; i < 4; ++i) out[i] = reduce_max(v[i]);
+}
+inline void store_i8x64(const I32x16 (&v)[4], int8_t* p) {
+  for (int i = 0; i < 4; ++i) v[i].store_i8(p + 16 * i);
+}
+
 inline float bits_to_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
