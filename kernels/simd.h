@@ -12,7 +12,8 @@
 //   I32x16  load, store, broadcast, zero, + - (wrap around), &, max, reduce_add, reduce_max, to_f32, shift_left<n>,
 //           shift_right<n> (copies the sign), as_f32 (same bits), store_i8 (the values must fit); and of four vectors
 //           at once, which is much cheaper: reduce_add4, reduce_max4 (to 4 integers), store_i8x64
-//   Mask16  a >= b, a < b, first_lanes(n), select(mask, a, b), any(mask)
+//   Mask16  a >= b, a < b, first_lanes(n), select(mask, a, b), any(mask), to_bits (lane i is bit i)
+//   F64x16  zero, + F32x16 (exact sums), reduce_add
 #pragma once
 
 #include "isa.h"

@@ -199,6 +199,29 @@ inline Mask16 operator<(const F32x16& a, const F32x16& b) {
 inline F32x16 select(const Mask16& m, const F32x16& a, const F32x16& b) {
   return each_lane<F32x16>([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
 }
+inline uint32_t to_bits(const Mask16& m) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(m.m[i]) << i;
+  return bits;
+}
+
+struct F64x16 {
+  double v[16];
+  static F64x16 zero() {
+    return each_lane<F64x16>([](int) { return 0.0; });
+  }
+};
+inline F64x16 operator+(const F64x16& a, const F32x16& b) {
+  return each_lane<F64x16>([&](int i) { return a.v[i] + static_cast<double>(b.v[i]); });
+}
+inline double reduce_add(const F64x16& a) {
+  double s[8];
+  for (int i = 0; i < 8; ++i) s[i] = a.v[i] + a.v[i + 8];
+  for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
+  s[0] += s[2];
+  s[1] += s[3];
+  return s[0] + s[1];
+}
 inline float reduce_add(const F32x16& a) {
   float s[8];
   for (int i = 0; i < 8; ++i) s[i] = a.v[i] + a.v[i + 8];

@@ -98,6 +98,41 @@ def embed(
 ) -> None:
     """out = scale · (outputs `ids` of the matrix). ids: (rows,); out: (rows, matrix.inputs)."""
 
+# Kernels on rows of logits: (rows, width) float32, the values of a row neighbours, the rows at any distance
+
+def top_k(
+    runtime: Runtime,
+    logits: npt.NDArray[np.float32],
+    k: int,
+    ids: npt.NDArray[np.int32],
+    values: npt.NDArray[np.float32],
+) -> None:
+    """The k largest of each row, descending; equal ones by ascending id, NaN last. ids, values: (rows, k)."""
+
+def softmax_weights(
+    runtime: Runtime, logits: npt.NDArray[np.float32], temperature: float, out: npt.NDArray[np.float32]
+) -> None:
+    """out = exp((logits - max) / temperature): (rows, width); NaN where a row holds NaN, +inf or -inf alone."""
+
+def softmax(
+    runtime: Runtime, logits: npt.NDArray[np.float32], temperature: float, out: npt.NDArray[np.float32]
+) -> None:
+    """`softmax_weights`, divided by the sum of each row."""
+
+def log_normalizers(runtime: Runtime, logits: npt.NDArray[np.float32], out: npt.NDArray[np.float64]) -> None:
+    """out = log(sum(exp(logits))) of each row: (rows,); NaN for a row that holds NaN, +inf or -inf alone."""
+
+def block_sums(runtime: Runtime, x: npt.NDArray[np.float32], block: int, out: npt.NDArray[np.float64]) -> None:
+    """out[i] = the sum of x[i · block : (i + 1) · block], in float64. x: (size,); out: (size / block, rounded up)."""
+
+def nucleus(
+    runtime: Runtime, weights: npt.NDArray[np.float32], fraction: float, ids: npt.NDArray[np.int32]
+) -> int:
+    """Writes the fewest largest weights that sum to at least `fraction` of all to ids[:n], ascending, and returns n.
+
+    Of equal weights the first. weights, ids: (size,); no weight may be negative or NaN, and one must be above 0.
+    """
+
 # Packing of weights
 
 def pack_matrix(

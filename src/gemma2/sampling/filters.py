@@ -6,25 +6,28 @@ order is visible in one place only: top-p measures the mass of what top-k left, 
 Ties are settled by the lowest token id. Hugging Face and vLLM instead keep every token that ties with the k-th, so
 their top-k may leave more than k.
 
-Written for a vocabulary of 256,000: nothing here sorts. Shapes: V is the vocabulary, n ≤ V the
-tokens still in the running.
+Written for a vocabulary of 256,000: nothing here sorts it, and what passes over all of it is a kernel. Shapes: V is the
+vocabulary, n ≤ V the tokens still in the running.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Final
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
+from gemma2 import _kernels as kernels
 from gemma2.sampling.params import SamplingParams
 
 Float32s = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
 
-BLOCK: Final = 256
-"""Values per block in `largest`. About the square root of a vocabulary: few blocks, and few values in each."""
+
+@cache
+def one_thread() -> kernels.Runtime:
+    """Returns what the kernels run on here: a row is too short to be worth more threads."""
+    return kernels.Runtime(1)
 
 
 def penalize_repetition(logits: Float32s, seen_token_ids: npt.ArrayLike, penalty: float) -> Float32s:
@@ -83,13 +86,9 @@ def candidates(logits: Float32s, params: SamplingParams) -> tuple[TokenIds | Non
 
 def softmax_weights(logits: Float32s, temperature: float = 1.0) -> Float32s:
     """Returns exp((logits - max) / temperature), (n,) float32: a softmax before it is normalized."""
-    with np.errstate(over="ignore"):  # a difference too large for float32 is -inf, and its weight 0: rightly so
-        scaled: Float32s = logits - logits.max()
-        if temperature != 1.0:
-            # Within what float32 holds; beyond these it is greedy, or uniform, all the same.
-            scaled /= np.float32(min(max(temperature, 1e-30), 1e30))
-    np.exp(scaled, out=scaled)
-    return scaled
+    weights = np.empty((1, len(logits)), dtype=np.float32)
+    kernels.softmax_weights(one_thread(), logits[None], temperature, weights)
+    return weights[0]
 
 
 def largest(values: Float32s, k: int) -> TokenIds:
@@ -102,20 +101,9 @@ def largest(values: Float32s, k: int) -> TokenIds:
     Returns:
         (k,) int64 indices, ascending.
     """
-    num_blocks = len(values) // BLOCK
-    if k <= num_blocks // 4:
-        # At least k values reach the k-th largest of the blocks' maxima, so no smaller value can be among the k.
-        maxima = values[: num_blocks * BLOCK].reshape(num_blocks, BLOCK).max(axis=1)
-        bound = np.partition(maxima, num_blocks - k)[num_blocks - k]
-        survivors = np.flatnonzero(values >= bound)
-        return survivors[_largest(values[survivors], k)]
-    return _largest(values, k)
-
-
-def _largest(values: Float32s, k: int) -> TokenIds:
-    kth = np.partition(values, len(values) - k)[len(values) - k]
-    above = values > kth
-    return _with_ties(above, values == kth, k - int(np.count_nonzero(above)))
+    ids = np.empty((1, k), dtype=np.int32)
+    kernels.top_k(one_thread(), values[None], k, ids, np.empty((1, k), dtype=np.float32))
+    return np.sort(ids[0]).astype(np.int64)
 
 
 def nucleus(weights: Float32s, top_p: float) -> TokenIds:
@@ -130,34 +118,6 @@ def nucleus(weights: Float32s, top_p: float) -> TokenIds:
     Returns:
         (m,) int64 indices, ascending; m ≥ 1.
     """
-    total = float(weights.sum(dtype=np.float64))
-    wanted_mass = top_p * total
-    # Weights up to this bound sum to at most (1 - top_p) · total all together, so those above it hold the nucleus.
-    # One float32 lower, as rounding upwards could leave none above.
-    bound = np.nextafter(np.float32((1.0 - top_p) * total / len(weights)), np.float32(0.0))
-    remaining = weights[weights > bound]
-    mass_above = 0.0
-    # A radix select for the smallest weight of the nucleus, with mass in place of counts: the bits of positive
-    # float32 values, read as whole numbers, have the order of the values.
-    for shift in (20, 8, 0):
-        if remaining.min() == remaining.max():
-            break
-        bins = remaining.view(np.uint32) >> np.uint32(shift)
-        bins -= bins.min()
-        mass_of_bin = np.bincount(bins, weights=remaining)
-        mass_from_bin = mass_above + np.cumsum(mass_of_bin[::-1])[::-1]
-        reaching = np.flatnonzero(mass_from_bin >= wanted_mass)
-        # Rounding can leave the sum of all a hair below the wanted mass; then the nucleus ends in the lowest bin.
-        last = int(reaching[-1]) if len(reaching) else 0
-        if last + 1 < len(mass_from_bin):
-            mass_above = float(mass_from_bin[last + 1])
-        remaining = remaining[bins == last]
-    smallest = remaining[0]
-    num_ties = max(1, math.ceil((wanted_mass - mass_above) / float(smallest)))
-    return _with_ties(weights > smallest, weights == smallest, num_ties)
-
-
-def _with_ties(above: npt.NDArray[np.bool_], ties: npt.NDArray[np.bool_], num_ties: int) -> TokenIds:
-    """Returns the indices, ascending, of all of `above` and of the first `num_ties` of `ties`."""
-    above[np.flatnonzero(ties)[:num_ties]] = True
-    return np.flatnonzero(above)
+    ids = np.empty(len(weights), dtype=np.int32)
+    num_kept = kernels.nucleus(one_thread(), weights, top_p, ids)
+    return ids[:num_kept].astype(np.int64)

@@ -9,8 +9,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gemma2 import _kernels as kernels
 from gemma2.errors import SamplingError
-from gemma2.sampling.filters import candidates, largest, penalize_repetition, softmax_weights
+from gemma2.sampling.filters import candidates, largest, one_thread, penalize_repetition
 from gemma2.sampling.params import SamplingParams
 
 BLOCK: Final = 1024
@@ -106,7 +107,9 @@ def check_logits(logits: npt.NDArray[np.float32]) -> None:
 
 def log_normalizer(logits: npt.NDArray[np.float32]) -> float:
     """Returns log(sum(exp(logits))) of (V,) float32 logits, summed in float64; a logprob is a logit minus this."""
-    return float(logits.max()) + math.log(float(softmax_weights(logits).sum(dtype=np.float64)))
+    normalizer = np.empty(1)
+    kernels.log_normalizers(one_thread(), logits[None], normalizer)
+    return float(normalizer[0])
 
 
 def _with_logprobs(token_id: int, logits: npt.NDArray[np.float32], num_alternatives: int) -> SampledToken:
@@ -125,7 +128,8 @@ def _index_at(weights: npt.NDArray[np.float32], fraction: float) -> int:
     The weights stand in the order of token ids, not of size: so rounding that swaps two near-equal weights does not
     change what is drawn. The running sum is taken of blocks first, since one over 256,000 values takes 2.4 ms.
     """
-    block_sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64)
+    block_sums = np.empty(-(-len(weights) // BLOCK))
+    kernels.block_sums(one_thread(), weights, BLOCK, block_sums)
     block, passed = _first_above(block_sums, fraction * float(block_sums.sum()))
     start = block * BLOCK
     target = fraction * float(block_sums.sum()) - passed
