@@ -88,7 +88,8 @@ def softmax_weights(logits: Float32s, temperature: float = 1.0) -> Float32s:
     """Returns exp((logits - max) / temperature), (n,) float32: a softmax before it is normalized."""
     weights = np.empty((1, len(logits)), dtype=np.float32)
     kernels.softmax_weights(one_thread(), logits[None], temperature, weights)
-    return weights[0]
+    row: Float32s = weights[0]
+    return row
 
 
 def largest(values: Float32s, k: int) -> TokenIds:
