@@ -290,23 +290,26 @@ def test_ctrl_c_keeps_what_is_done(small_size: Any, capsys: pytest.CaptureFixtur
         (["--prefill", "4096"], "reads up to 2048 tokens, but --prefill asks for 4096"),
         (["--context", "2040"], "reads up to 2048 tokens, but --context asks for 2040 and 24 steps"),
         (["--decode-steps", "0"], "--decode-steps must be at least 1, but is 0"),
-        (["--isa", "sse9"], "must be one of those of this processor"),
     ],
 )
-def test_mistakes_are_one_line(
-    options: list[str], message: str, small_size: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    if "--isa" in options:
-        pytest.importorskip("gemma2._kernels")
-        monkeypatch.undo()
-        from gemma2 import _kernels
-
-        if not hasattr(_kernels, "KVCache"):
-            pytest.skip("these kernels are not whole")
-        monkeypatch.setattr("gemma2.cli.bench.PRESETS", {"2b": SMALL})
+def test_mistakes_are_one_line(options: list[str], message: str, small_size: Any, capsys: Any) -> None:
     assert main(["bench", *options]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("gemma2: error: ") and message in error
+
+
+@pytest.mark.parametrize("weights", ["q4", "bfloat16"])
+def test_the_engine_itself(weights: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("gemma2.cli.bench.PRESETS", {"2b": SMALL})
+    monkeypatch.setattr("gemma2.cli.bench_machine._READ_SECONDS", 0.01)
+    monkeypatch.setattr("gemma2.cli.bench_machine._DOT_SECONDS", 0.01)
+    options = ["--weights", weights, "--prefill", "300", "--context", "300,600", "--batch", "2", "--decode-steps", "2"]
+    assert main(["bench", *options, "--json", "-"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [row["kind"] for row in values["rows"]] == ["prefill", "decode", "decode", "batch"]
+    assert values["kv_cache"] == "bfloat16"
+    assert main(["bench", *options, "--isa", "sse9"]) == 1
+    assert "must be one of those of this processor" in capsys.readouterr().err
 
 
 def test_lists_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
