@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -70,9 +71,10 @@ def run_ours(*options: str) -> Figures:
         figures[row["kind"] + " of dot"] = row["fraction_of_dot"]
         figures["read GB/s"] = max(row["before"]["read"], row["after"]["read"]) / 1e9
         figures["dot Gop/s"] = max(row["before"]["dot"], row["after"]["dot"]) / 1e9
-    figures["peak MB"] = report["peak_extra_bytes"] / 1e6
+    if report["rows"]:
+        figures["peak MB"] = report["peak_extra_bytes"] / 1e6
     if report.get("first_token") is not None:
-        figures["first token"] = report["first_token"]["seconds"]
+        figures["first token"] = report["first_token"]["median_seconds"]
     return figures
 
 
@@ -89,17 +91,19 @@ def run_peer(command: Sequence[str]) -> Figures:
     raise RunFailedError(f"no figures in {text.strip()[-200:]!r}")
 
 
-def time_to_first_line(command: Sequence[str]) -> Figures:
-    """Seconds from the start of a process to its first line on standard output."""
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - start
-        process.stdout.read()
-    if process.returncode != 0 or not line:
-        raise RunFailedError(f"exit status {process.returncode} before the first token")
-    return {"first token": seconds}
+def time_to_first_line(command: Sequence[str], starts: int = 6) -> Figures:
+    """Seconds from the start of a process to its first line on standard output: median of all starts but the first."""
+    seconds = []
+    for _ in range(starts):
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            seconds.append(time.perf_counter() - start)
+            process.stdout.read()
+        if process.returncode != 0 or not line:
+            raise RunFailedError(f"exit status {process.returncode} before the first token")
+    return {"first token": statistics.median(seconds[1:])}
 
 
 def make_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
@@ -132,6 +136,7 @@ def make_runs(args: argparse.Namespace) -> dict[str, list[Run]]:
         name="first token",
         side="ours",
         action=lambda: run_ours(*ours_q4, "--first-token", "--prefill", "none", "--context", "none", "--batch", "none"),
+        missing=missing(model_q4=args.model_q4),
     )
     llama_first_token = Run(
         name="llama.cpp first token",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma2.cli import bench_measure
+from gemma2.cli import bench_first_token, bench_measure
 from gemma2.cli.bench_measure import BATCH_PROMPT_TOKENS, Bench, Ceilings, Row, Work
 from gemma2.cli.main import main
 from gemma2.config import PRESETS, Gemma2Config
+from gemma2.errors import Gemma2Error
 from gemma2.memory import kv_cache_bytes
 from gemma2.step import Logits, StepBatch
 
@@ -310,6 +314,26 @@ def test_the_engine_itself(weights: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert values["kv_cache"] == "bfloat16"
     assert main(["bench", *options, "--isa", "sse9"]) == 1
     assert "must be one of those of this processor" in capsys.readouterr().err
+
+
+def test_the_first_token_is_timed_to_the_first_line() -> None:
+    program = "import time; time.sleep(0.2); print('{\"usage\": {}}', flush=True); time.sleep(0.5)"
+    begin = time.perf_counter()
+    seconds, answer = bench_first_token._start([sys.executable, "-c", program], os.environ)
+    whole = time.perf_counter() - begin
+    assert answer == {"usage": {}}
+    assert 0.2 <= seconds < whole - 0.4  # what the process does after its first line is not counted
+
+
+def test_a_program_that_fails_before_its_first_token_is_quoted() -> None:
+    program = "import sys; sys.exit('gemma2: error: no such model')"
+    with pytest.raises(Gemma2Error, match="did not come to a first token: gemma2: error: no such model"):
+        bench_first_token._start([sys.executable, "-c", program], os.environ)
+
+
+def test_a_first_token_needs_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--first-token"]) == 1
+    assert "name a --model" in capsys.readouterr().err
 
 
 def test_lists_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

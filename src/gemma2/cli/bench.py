@@ -16,6 +16,7 @@ from gemma2.errors import ConfigError, Gemma2Error
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from gemma2.cli.bench_first_token import FirstToken
     from gemma2.cli.bench_measure import Row, Work
     from gemma2.cli.bench_report import Subject
     from gemma2.quantization import PackedModel
@@ -56,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode-steps", type=int, default=24, metavar="N", help="steps of each (default: %(default)s)"
     )
+    parser.add_argument(
+        "--first-token",
+        action="store_true",
+        help="also time `gemma2 generate` of --model from the start of the program to the first token",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there too; - for standard output, alone")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default: %(default)s)")
 
@@ -74,13 +80,17 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, and prints a table; what is done so far after Ctrl-C too."""
+    from gemma2.cli.bench_first_token import measure_first_token
     from gemma2.cli.bench_machine import ThisMachine
     from gemma2.cli.bench_measure import Bench
     from gemma2.cli.bench_report import describe, print_report
 
     if args.decode_steps < 1:
         raise ConfigError(f"--decode-steps must be at least 1, but is {args.decode_steps}")
+    if args.first_token and args.model is None:
+        raise ConfigError("--first-token starts `gemma2 generate`, which needs files: name a --model")
     rows: list[Row] = []
+    first_token: FirstToken | None = None
     with _Progress() as progress:
         subject, work = _open_subject(args, progress)
         backend = subject.backend
@@ -100,15 +110,20 @@ def run(args: argparse.Namespace) -> int:
         )
         interrupted = False
         try:
+            if args.first_token:
+                progress.start("first token", 1)
+                first_token = measure_first_token(
+                    args.model, weights=args.weights, num_threads=backend.num_threads, isa=backend.isa
+                )
             for row in bench.run(work):
                 rows.append(row)
         except KeyboardInterrupt:
             interrupted = True
-    report = describe(subject, rows)
+    report = describe(subject, rows, first_token)
     if args.json == "-":
         print(json.dumps(report, indent=2))
     else:
-        print_report(make_console(), subject, rows)
+        print_report(make_console(), subject, rows, first_token)
         if args.json is not None:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 130 if interrupted else 0

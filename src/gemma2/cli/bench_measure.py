@@ -183,6 +183,8 @@ class Bench:
         Decode at a length goes on from a prefill of that length where one is measured, and from the sequence of the
         length before where not; so the longest prompt is read once.
         """
+        if not work.longest:
+            return
         self._warm_up()
         for length in sorted({*work.prefill, *work.contexts}):
             if length in work.prefill:

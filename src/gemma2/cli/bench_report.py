@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma2 import __version__
+from gemma2.cli.bench_first_token import FirstToken
 from gemma2.cli.bench_machine import DOT_KINDS, processor_name
 from gemma2.cli.bench_measure import Row
 from gemma2.cli.terminal import format_bytes, make_table
@@ -36,7 +37,7 @@ class Subject:
 # -- for programs ---------------------------------------------------------------------------------------------------
 
 
-def describe(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:
+def describe(subject: Subject, rows: Sequence[Row], first_token: FirstToken | None) -> dict[str, Any]:
     """Returns what `--json` writes: bytes, seconds, and rates per second."""
     backend = subject.backend
     return {
@@ -51,6 +52,9 @@ def describe(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:
         "weight_bytes": subject.weight_bytes,
         "make_seconds": subject.make_seconds,
         "load_seconds": subject.load_seconds,
+        "first_token": None
+        if first_token is None
+        else {**dataclasses.asdict(first_token), "median_seconds": statistics.median(first_token.seconds)},
         "peak_extra_bytes": max((row.peak_extra_bytes for row in rows), default=0),
         "rows": [
             {
@@ -70,13 +74,18 @@ def describe(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:
 # -- for people -----------------------------------------------------------------------------------------------------
 
 
-def print_report(console: Console, subject: Subject, rows: Sequence[Row]) -> None:
+def print_report(console: Console, subject: Subject, rows: Sequence[Row], first_token: FirstToken | None) -> None:
     """Prints the table and what it stands on."""
     backend = subject.backend
     console.print(f"{subject.name}: {backend.weights}, {format_bytes(subject.weight_bytes)}", style="bold")
     threads = "1 thread" if backend.num_threads == 1 else f"{backend.num_threads} threads"
     console.print(f"{processor_name()}, {threads}, {backend.isa}; keys and values in {backend.kv_cache}")
     console.print(f"weights there in {subject.make_seconds:.2f} s, engine made in {subject.load_seconds:.2f} s")
+    if first_token is not None:
+        console.print(
+            f"from the start of `gemma2 generate` to the first token, {first_token.prompt_tokens} tokens read: "
+            f"{statistics.median(first_token.seconds):.2f} s (median of {len(first_token.seconds)} starts)"
+        )
     if not rows:
         return
     console.print()
