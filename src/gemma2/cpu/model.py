@@ -111,6 +111,8 @@ class CpuModel:
             logits: (R, V) float32, written here, final cap applied.
         """
         run, eps = self.runtime, self.config.rms_norm_eps
+        query_scale, cap = self.config.query_scale, self.config.attn_logit_softcapping or 0.0
+        kinds_and_tables = list(zip(kinds, tables, strict=True))
         buffers = self._buffers_for(len(token_ids))
         residual_TD = buffers.residual_TD
         angles = positions[:, None] * self._inverse_frequency
@@ -119,16 +121,14 @@ class CpuModel:
         kernels.embed(run, self.embed_tokens, token_ids, self._embedding_scale, residual_TD)
         kernels.rms_norm(run, residual_TD, self.layers[0].input_layernorm, eps, buffers.normed)
         for index, layer in enumerate(self.layers):
-            kind = next(i for i, kind in enumerate(kinds) if index in kind.layers)
-            cache, table, window = kinds[kind].layers[index], tables[kind], kinds[kind].window
+            kind, table = next((kind, table) for kind, table in kinds_and_tables if index in kind.layers)
+            cache = kind.layers[index]
             is_last = index + 1 == len(self.layers)
 
             # Attention. Scale, cap, mask, softmax, in this order.
             kernels.matmul(run, buffers.normed, layer.qkv_proj, buffers.qkv)
-            kernels.append_kv(run, buffers.qkv, cos, sin, table, cache, self.config.query_scale, buffers.queries)
-            kernels.attend(
-                run, buffers.queries, table, cache, window, self.config.attn_logit_softcapping or 0.0, buffers.mixed
-            )
+            kernels.append_kv(run, buffers.qkv, cos, sin, table, cache, query_scale, buffers.queries)
+            kernels.attend(run, buffers.queries, table, cache, kind.window, cap, buffers.mixed)
             if is_last and len(rows_with_logits) < len(token_ids):
                 # Nothing after the last layer's keys and values is read again: only rows with logits go on.
                 if len(rows_with_logits) == 0:
