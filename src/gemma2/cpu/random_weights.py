@@ -114,7 +114,10 @@ def _make_pool(random: np.random.Generator, format: str, deviation: float) -> np
         if format == "q8":
             pool["values"] |= 1
         scale = deviation / _CODE_DEVIATION[format]
-        pool["scales"] = random.uniform(0.8 * scale, 1.2 * scale, pool["scales"].shape)
+        # Of either sign: the mean of q4's codebook is not 0, and a mean in every weight would turn the residual stream
+        # of all tokens into one and the same direction.
+        signs = random.choice(np.array([-1.0, 1.0]), pool["scales"].shape)
+        pool["scales"] = signs * random.uniform(0.8 * scale, 1.2 * scale, pool["scales"].shape)
     else:
         values = random.random(shape, np.float32)
         values *= np.float32(2 * 3**0.5 * deviation)
