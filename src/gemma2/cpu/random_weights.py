@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
 from gemma2.quantization import PACKED_FORMATS, PackedModel, packed_shapes
 
@@ -32,8 +33,11 @@ _BLOCKS: Final[dict[str, np.dtype[np.void]]] = {
 # Which bits of a value may be flipped. In a float: its sign and the low ones, so that its magnitude stays. In q8: all
 # but the lowest, which is set in every value, so that none becomes -128, which the format does not have.
 _FLIPPED: Final = {"q4": 0xFF, "q8": 0xFE, "bfloat16": 0x801F, "float32": 0x801FFFFF}
-# Standard deviation of a random value of scale 1: of the codebook's values, and of the odd numbers from -127 to 127.
-_CODE_DEVIATION: Final = {"q4": 70.6, "q8": 73.9}
+# Root of the mean square of a random value of scale 1: of the codebook's, and of the odd numbers from -127 to 127.
+_CODE_DEVIATION: Final = {
+    "q4": float(np.sqrt(np.mean(np.square(kernels.Q4_CODEBOOK)))),
+    "q8": float(np.sqrt(np.mean(np.square(np.arange(-127, 128, 2))))),
+}
 
 
 def random_packed_model(
