@@ -49,6 +49,7 @@ WeightFormat weight_format(const std::string& name);
 void bind_elementwise(nb::module_& m);
 void bind_quantized_matmul(nb::module_& m);
 void bind_matmul(nb::module_& m);
+void bind_selected_outputs(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_vocabulary(nb::module_& m);
 void bind_packing(nb::module_& m);

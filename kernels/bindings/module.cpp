@@ -123,25 +123,12 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("size_bytes", &Matrix::size_bytes)
       .def_prop_ro("activation_format", [](const Matrix& w) { return name_of(w.activation_format()); });
 
-#if __has_include("elementwise.cpp")
   bind_elementwise(m);
-#endif
-#if __has_include("quantized_matmul.cpp")
   bind_quantized_matmul(m);
-#endif
-#if __has_include("matmul.cpp")
   bind_matmul(m);
-#endif
-#if __has_include("attention.cpp")
+  bind_selected_outputs(m);
   bind_attention(m);
-#endif
-#if __has_include("vocabulary.cpp")
   bind_vocabulary(m);
-#endif
-#if __has_include("packing.cpp")
   bind_packing(m);
-#endif
-#if __has_include("ceilings.cpp")
   bind_ceilings(m);
-#endif
 }

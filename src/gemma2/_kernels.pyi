@@ -261,3 +261,15 @@ def attend(
 
 def copy_block(runtime: Runtime, cache: KVCache, source: int, destination: int) -> None:
     """Copies a block of all heads, for a sequence that shares the beginning of it with another one."""
+
+def add_selected_outputs(
+    runtime: Runtime,
+    x: Activations,
+    w: Matrix,
+    ids: npt.NDArray[np.int32],
+    values: npt.NDArray[np.float32],
+) -> None:
+    """values[row, i] += x[row] · w[ids[row, i]], for weights in q4 or q8: the products that `matmul` makes, but few.
+
+    ids, values: (x.rows, n).
+    """
