@@ -125,9 +125,7 @@ def log_normalizers(runtime: Runtime, logits: npt.NDArray[np.float32], out: npt.
 def block_sums(runtime: Runtime, x: npt.NDArray[np.float32], block: int, out: npt.NDArray[np.float64]) -> None:
     """out[i] = the sum of x[i · block : (i + 1) · block], in float64. x: (size,); out: (size / block, rounded up)."""
 
-def nucleus(
-    runtime: Runtime, weights: npt.NDArray[np.float32], fraction: float, ids: npt.NDArray[np.int32]
-) -> int:
+def nucleus(runtime: Runtime, weights: npt.NDArray[np.float32], fraction: float, ids: npt.NDArray[np.int32]) -> int:
     """Writes the fewest largest weights that sum to at least `fraction` of all to ids[:n], ascending, and returns n.
 
     Of equal weights the first. weights, ids: (size,); no weight may be negative or NaN, and one must be above 0.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from small_cpu_model import CONFIG, ids, make_backend, random_model, run, run_in_chunks
@@ -11,7 +13,7 @@ from gemma2.cpu import CpuBackend
 from gemma2.cpu.backend import KV_CACHE_DTYPES
 from gemma2.cpu.threads import default_num_threads
 from gemma2.errors import ConfigError, KVCacheFullError
-from gemma2.quantization import PACKED_FORMATS
+from gemma2.quantization import PACKED_FORMATS, SECOND_PLANE
 
 FORMATS = pytest.mark.parametrize("weights", PACKED_FORMATS)
 CACHES = pytest.mark.parametrize("kv_cache", KV_CACHE_DTYPES[1:])
@@ -198,3 +200,29 @@ def test_the_environment_names_threads_and_instruction_set(monkeypatch: pytest.M
         default_num_threads()
     monkeypatch.delenv("GEMMA2_NUM_THREADS")
     assert default_num_threads() >= 1
+
+
+def test_a_head_in_two_planes() -> None:
+    """The second plane makes the embedding nearly exact; candidates get the logits of both planes, the others one."""
+    text = ids(120)
+    packed = random_model("q4")
+    name = "model.embed_tokens.weight"
+    shape = (CONFIG.vocab_size, CONFIG.hidden_size)
+    runtime = kernels.Runtime(1)
+    weights = kernels.unpack_matrix(runtime, kernels.Matrix("float32", *shape, random_model("float32").tensors[name]))
+    lost = weights - kernels.unpack_matrix(runtime, kernels.Matrix("q4", *shape, packed.tensors[name]))
+    plane = np.zeros_like(packed.tensors[name])
+    whole = np.zeros(len(plane) + 64, dtype=np.uint8)
+    plane = whole[-whole.ctypes.data % 64 :][: len(plane)]
+    kernels.pack_matrix(runtime, np.ascontiguousarray(lost), "q4", plane)
+    planes = dataclasses.replace(packed, tensors={**packed.tensors, SECOND_PLANE: plane})
+    one = run(CpuBackend(packed, num_threads=2), (0, text, 0))
+    full = run(CpuBackend(planes, num_threads=2, head_candidates=CONFIG.vocab_size), (0, text, 0))
+    some = run(CpuBackend(planes, num_threads=2, head_candidates=40), (0, text, 0))
+    assert full.shape == some.shape
+    assert not np.array_equal(one, full)
+    assert (some.argmax(-1) == full.argmax(-1)).mean() > 0.97
+    refined = np.isclose(some, full, rtol=0, atol=1e-4).sum(axis=1)
+    assert refined.min() >= 40
+    # Rows do not depend on each other here either.
+    assert np.array_equal(run_in_chunks(CpuBackend(planes, num_threads=1, head_candidates=40), text, [50, 1]), some)

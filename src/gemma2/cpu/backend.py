@@ -11,7 +11,7 @@ import numpy as np
 from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
 from gemma2.cpu.kv_blocks import KVBlocks
-from gemma2.cpu.model import MAX_ROWS, CpuModel
+from gemma2.cpu.model import HEAD_CANDIDATES, MAX_ROWS, CpuModel
 from gemma2.cpu.threads import default_num_threads
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.quantization import PackedModel
@@ -32,6 +32,8 @@ class CpuBackend:
             else bfloat16.
         kv_cache_bytes: the most memory that keys and values may take, taken as sequences grow. Left out, half of the
             machine's memory.
+        head_candidates: words whose logits the second plane of a two-plane head refines; left out,
+            `HEAD_CANDIDATES`; the vocabulary's size for all of them. Without a second plane it does nothing.
 
     Raises:
         ConfigError: an argument is out of range, or names what this machine does not have.
@@ -45,7 +47,10 @@ class CpuBackend:
         isa: str = "auto",
         kv_cache: str = "auto",
         kv_cache_bytes: int | None = None,
+        head_candidates: int = HEAD_CANDIDATES,
     ) -> None:
+        if head_candidates < 1:
+            raise ConfigError(f"head_candidates must be a whole number of at least 1, but is {head_candidates!r}")
         if kv_cache not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
@@ -57,7 +62,7 @@ class CpuBackend:
             runtime = kernels.Runtime(default_num_threads() if num_threads is None else num_threads, isa)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from None
-        self._model = CpuModel(packed, runtime)
+        self._model = CpuModel(packed, runtime, head_candidates=head_candidates)
         self._cache = KVBlocks(
             packed.config,
             kv_cache,

@@ -20,6 +20,12 @@ PACKED_FORMATS: Final = ("float32", "bfloat16", "q8", "q4")
 """The weight formats of the CPU engine; their layouts are in kernels/matrix.h."""
 
 
+SECOND_PLANE: Final = "model.embed_tokens.second_plane"
+"""An optional tensor beside q4 weights: what the embedding's rounding lost, rounded to q4 itself. Both planes together
+hold the embedding as exactly as q8 does. The head ranks all words by the first plane and reads the second only for the
+best of them, so it costs the traffic of 4 bits."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedModel:
     """A model's weights, in one format.
@@ -28,7 +34,8 @@ class PackedModel:
         config: the architecture.
         format: one of `PACKED_FORMATS`.
         tensors: by the names of `packed_shapes`: a matrix as (size,) uint8 that starts at a multiple of 64 bytes, a
-            norm's weight as (width,) float32. The arrays may be views of a mapped file.
+            norm's weight as (width,) float32. The arrays may be views of a mapped file. `SECOND_PLANE` may be there
+            too, of the embedding's shape.
     """
 
     config: Gemma2Config
