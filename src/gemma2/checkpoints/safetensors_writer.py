@@ -1,21 +1,15 @@
 """Writes a Hugging Face model folder, one tensor in memory at a time.
 
 Names and shapes are known from the config, so every header is written before the first value, and each tensor goes to
-its own place in whatever order it comes. All files are first written to a staging folder inside the target, on the same
-disk, and moved out when all are there, config.json last: a folder without it opens nowhere, here or in
-transformers, so a write that is killed never leaves one that looks whole.
+its own place in whatever order it comes. A write that is killed never leaves a folder that looks whole; see `staging`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,11 +23,11 @@ from gemma2.checkpoints.layout import (
     SHARD_PATTERN,
     SINGLE_FILE,
     first_few,
-    readable_size,
     shard_file,
 )
 from gemma2.checkpoints.names import TIED_HEAD, expected_tensors
 from gemma2.checkpoints.safetensors_format import DTYPES, TensorEntry, build_header
+from gemma2.checkpoints.staging import clear_errors, publish, require_room, staging_folder
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, nearest_name
 
@@ -42,8 +36,6 @@ DEFAULT_SHARD_BYTES: Final = 5_000_000_000
 
 _STORED: Final[Mapping[str, str]] = {"float32": "F32", "bfloat16": "BF16"}
 _CONVERTIBLE: Final = ("float32", "bfloat16", "float16", "float64")
-_STAGING_PREFIX: Final = ".writing-"
-_STAGING_SUFFIX: Final = ".partial"
 _CHUNK_BYTES: Final = 1 << 26  # conversions go through pieces of this size, not through a second embedding
 
 
@@ -90,20 +82,19 @@ def save_checkpoint(
     copied = [Path(path).expanduser() for path in tokenizer_files]
     written = dict(extra_files or {})
     _check_further_files(copied, written)
-    with _staging(folder, overwrite=overwrite) as staging:
+    with staging_folder(folder, may_overwrite=lambda _: overwrite) as staging:
         writer = _Writer(staging, folder, config, dtype, max_shard_bytes)
         for name, array in tensors:
-            with _clear_errors(folder):
+            with clear_errors(folder):
                 writer.write(name, array)
         stored = writer.finish()
-        with _clear_errors(folder):
+        with clear_errors(folder):
             for path in copied:
                 shutil.copyfile(path, staging / path.name)
             for name, contents in written.items():
                 (staging / name).write_bytes(contents.encode("utf-8") if isinstance(contents, str) else contents)
             config.to_json_file(staging / CONFIG_FILE, dtype=stored)
-            _flush(staging)
-            _publish(staging, folder)
+            publish(staging, folder, replaced=_weight_files)
     return folder
 
 
@@ -201,9 +192,7 @@ class _Writer:
             shards[-1].append(name)
             filled += size
             total += size
-        free = shutil.disk_usage(self._staging).free
-        if total > free:
-            raise CheckpointError(_disk_full(self._folder, needed=total, free=free))
+        require_room(self._folder, self._staging, total)
         weight_map: dict[str, str] = {}
         for index, names in enumerate(shards):
             file = self._staging / shard_file(index, len(shards))
@@ -224,67 +213,8 @@ def _dtype_hint(dtype: str) -> str:
     return nearest_name(dtype, _STORED)
 
 
-# -- Folders ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _staging(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives an empty folder inside `folder`; removes it at the end, and on an error also `folder` if it was made."""
-    with _clear_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder}: is a file, but a model is written to a folder; choose another name")
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = sorted(folder.iterdir())
-        abandoned = [
-            path for path in entries if path.name.startswith(_STAGING_PREFIX) and path.name.endswith(_STAGING_SUFFIX)
-        ]
-        others = [path.name for path in entries if path not in abandoned]
-        if others and not overwrite:
-            raise CheckpointError(
-                f"{folder}: is not empty (it has {first_few(others)}); choose another folder, or ask to overwrite it"
-            )
-        for path in abandoned:  # left by a write that was killed
-            shutil.rmtree(path, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, suffix=_STAGING_SUFFIX, dir=folder))
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    """Moves the finished files out, so that the folder opens neither as the old model nor as the new one in between."""
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    for name in (SINGLE_FILE, INDEX_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for old in folder.glob(SHARD_PATTERN):
-        old.unlink()
-    for path in sorted(staging.iterdir()):
-        if path.name != CONFIG_FILE:
-            path.replace(folder / path.name)
-    _sync(folder)
-    (staging / CONFIG_FILE).replace(folder / CONFIG_FILE)
-    _sync(folder)
-
-
-def _flush(staging: Path) -> None:
-    """Waits until all files are on the disk: a rename may survive a power cut that the contents do not."""
-    for path in staging.iterdir():
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _weight_files(folder: Path) -> list[Path]:
+    return [folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob(SHARD_PATTERN)]
 
 
 def _check_further_files(tokenizer_files: list[Path], extra_files: Mapping[str, str | bytes]) -> None:
@@ -299,22 +229,3 @@ def _check_further_files(tokenizer_files: list[Path], extra_files: Mapping[str, 
             raise CheckpointError(f"{name} is written by itself and cannot be among the further files")
         if names.count(name) > 1:
             raise CheckpointError(f"{name} is given twice among the further files")
-
-
-@contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
-    """Turns the system's errors into ours. The caller's iterable stays outside: its errors are not about `folder`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(_disk_full(folder)) from error
-        where = error.filename or folder
-        raise CheckpointError(f"{folder}: cannot be written: {where}: {error.strerror or error}") from error
-
-
-def _disk_full(folder: Path, *, needed: int | None = None, free: int | None = None) -> str:
-    sizes = ""
-    if needed is not None and free is not None:
-        sizes = f": {readable_size(needed)} are needed, {readable_size(free)} are free"
-    return f"{folder}: not written, as the disk is full{sizes}; make room or choose a folder on another disk"

@@ -1,0 +1,117 @@
+"""Writing a folder so that it looks whole only when it is.
+
+All files are first written to a staging folder inside the target, on the same disk, and moved out when all are there,
+config.json last: a folder without it opens nowhere, here or in transformers, so a write that is killed never leaves
+one that looks whole. What a killed write left is cleared up by the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from gemma2.checkpoints.layout import CONFIG_FILE, first_few, readable_size
+from gemma2.errors import CheckpointError
+
+_PREFIX: Final = ".writing-"
+_SUFFIX: Final = ".partial"
+
+
+@contextmanager
+def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> Iterator[Path]:
+    """Gives an empty folder inside `folder`; removes it at the end, and on an error also `folder` if it was made.
+
+    Args:
+        folder: made if missing, with its parents.
+        may_overwrite: whether a folder that is not empty may be written to; is asked only of such a one.
+
+    Raises:
+        CheckpointError: the folder is a file, may not be overwritten, or the system refuses.
+    """
+    with clear_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder}: is a file, but a model is written to a folder; choose another name")
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = sorted(folder.iterdir())
+        abandoned = [path for path in entries if path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)]
+        others = [path.name for path in entries if path not in abandoned]
+        if others and not may_overwrite(folder):
+            raise CheckpointError(
+                f"{folder}: is not empty (it has {first_few(others)}); choose another folder, or ask to overwrite it"
+            )
+        for path in abandoned:  # left by a write that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=folder))
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish(staging: Path, folder: Path, *, replaced: Callable[[Path], list[Path]]) -> None:
+    """Moves the finished files out, so that the folder opens neither as the old model nor as the new one in between.
+
+    Args:
+        staging: holds config.json and what belongs to it.
+        folder: where to.
+        replaced: says which files of `folder` hold the old weights; they are removed before anything is moved.
+    """
+    for path in staging.iterdir():
+        sync(path)  # a rename may survive a power cut that the contents do not
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    for path in replaced(folder):
+        path.unlink(missing_ok=True)
+    for path in sorted(staging.iterdir()):
+        if path.name != CONFIG_FILE:
+            path.replace(folder / path.name)
+    sync(folder)
+    (staging / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def clear_errors(target: Path) -> Iterator[None]:
+    """Turns the system's errors into ours, which say what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(disk_full(target)) from error
+        where = error.filename or target
+        raise CheckpointError(f"{target}: cannot be written: {where}: {error.strerror or error}") from error
+
+
+def require_room(target: Path, folder: Path, needed_bytes: int) -> None:
+    """Raises CheckpointError if the disk of `folder` has less than `needed_bytes` free; `target` is what it is for."""
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise CheckpointError(disk_full(target, needed=needed_bytes, free=free))
+
+
+def disk_full(target: Path, *, needed: int | None = None, free: int | None = None) -> str:
+    """The message of a full disk."""
+    sizes = ""
+    if needed is not None and free is not None:
+        sizes = f": {readable_size(needed)} are needed, {readable_size(free)} are free"
+    return f"{target}: not written, as the disk is full{sizes}; make room or choose a folder on another disk"
