@@ -2,7 +2,8 @@
 //
 // W is (outputs, inputs): y = x · Wᵀ. Outputs are cut into tiles of 32 (two halves of 16, the lanes of a vector),
 // inputs into groups of 64. The tiles follow each other, within a tile the groups. Outputs are rounded up to 32 and
-// inputs to 64; what was added is 0 (of code 0 and scale 0 in q4).
+// inputs to 64; what was added is 0. In q4, added outputs are of code 0 and scale 0, and added inputs are of any code:
+// activations are 0 there.
 //
 //   q4        Q4Block per tile and group: a weight is codebook[code] · scale; 4.25 bits per weight
 //   q8        Q8Block per tile and group: a weight is value · scale, |value| <= 127; 8.25 bits per weight
@@ -37,8 +38,9 @@ struct Q8Block {
 };
 static_assert(sizeof(Q8Block) == 2112);
 
-// The values of the 16 codes of q4, in units of a block's scale.
-constexpr int8_t kQ4Codebook[16] = {-127, -102, -81, -63, -48, -34, -21, -9, 3, 15, 28, 42, 57, 74, 93, 116};
+// The values of the 16 codes of q4, in units of a block's scale: those that round groups of 64 weights best when each
+// group has its own scale of either sign (benchmarks/quantization_codebook.py finds them).
+constexpr int8_t kQ4Codebook[16] = {-127, -94, -73, -56, -42, -30, -19, -8, 2, 12, 22, 33, 45, 60, 77, 100};
 
 enum class WeightFormat { q4, q8, bfloat16, float32 };
 

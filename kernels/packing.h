@@ -13,16 +13,24 @@ struct WeightRows {
   int64_t outputs, inputs;
 };
 
-// The largest |weight| that a format takes: its values reach 127 · 65504, the largest IEEE half; bfloat16 ends where
-// rounding would give infinity.
-constexpr float kLargestQuantized = 127.0f * 65504.0f;
+// The largest |weight| that a format takes. q8 and q4: what the shorter side of q4's codebook reaches with the largest
+// IEEE half as its scale. bfloat16: where rounding would give infinity.
+constexpr float kLargestQuantized = 65504.0f * (kQ4Codebook[15] < -kQ4Codebook[0] ? kQ4Codebook[15] : -kQ4Codebook[0]);
 constexpr float kLargestBfloat16 = 0x1.fep127f;
 constexpr float kLargestFloat32 = 0x1.fffffep127f;
 
+// What rounding did to some weights: Σ (w - rounded w)² and Σ w². The root of their quotient is also the relative error
+// of the outputs for inputs that are all alike and independent.
+struct RoundingError {
+  double error = 0, weight = 0;
+};
+
 struct PackingKernels {
   // Writes all of `out.size_bytes()` at `data`. importance: (inputs) weights of the squared error, or null for 1.
+  // errors: (num_tiles) of every tile.
   // Returns -1, or a row that holds NaN, infinity or a weight too large for the format; the output is then unusable.
-  int64_t (*pack)(ThreadPool&, const WeightRows& rows, const float* importance, const Matrix& out, uint8_t* data);
+  int64_t (*pack)(ThreadPool&, const WeightRows& rows, const float* importance, const Matrix& out, uint8_t* data,
+                  RoundingError* errors);
   // out: (outputs, inputs).
   void (*unpack)(ThreadPool&, const Matrix& matrix, float* out);
 };

@@ -74,6 +74,9 @@ struct F32x16 {
   static F32x16 load_f16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  void store_f16(uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store_partial(float* p, int n) const { _mm512_mask_storeu_ps(p, first_lanes(n).m, v); }
   // Rounds to nearest even like every conversion to bf16 in PyTorch; vcvtneps2bf16 would flush subnormals.
@@ -105,6 +108,8 @@ inline bool any(Mask16 m) { return m.m != 0; }
 inline Mask16 operator>=(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
 inline Mask16 operator<(F32x16 a, F32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline F32x16 select(Mask16 m, F32x16 a, F32x16 b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
+inline I32x16 select(Mask16 m, I32x16 a, I32x16 b) { return {_mm512_mask_blend_epi32(m.m, b.v, a.v)}; }
+inline F32x16 lookup(F32x16 table, I32x16 index) { return {_mm512_permutexvar_ps(index.v, table.v)}; }
 
 inline uint32_t to_bits(Mask16 m) { return m.m; }
 

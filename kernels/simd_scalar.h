@@ -104,6 +104,18 @@ inline float half_to_float(uint16_t h) {
   return bits_to_float(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
+inline uint16_t float_to_half(float x) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));  // NaN
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+  // Below 2⁻¹⁴ a half counts units of 2⁻²⁴, which are the last bit of a float from 0.5 to 1: adding 0.5 rounds to them.
+  if (magnitude < 0x38800000u) {
+    return static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f)));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
+}
+
 struct F32x16 {
   float v[16];
   static F32x16 broadcast(float x) {
@@ -123,6 +135,9 @@ struct F32x16 {
   }
   static F32x16 load_f16(const uint16_t* p) {
     return each_lane<F32x16>([=](int i) { return half_to_float(p[i]); });
+  }
+  void store_f16(uint16_t* p) const {
+    for (int i = 0; i < 16; ++i) p[i] = float_to_half(v[i]);
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
   void store_partial(float* p, int n) const {
@@ -198,6 +213,12 @@ inline Mask16 operator<(const F32x16& a, const F32x16& b) {
 }
 inline F32x16 select(const Mask16& m, const F32x16& a, const F32x16& b) {
   return each_lane<F32x16>([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
+}
+inline I32x16 select(const Mask16& m, const I32x16& a, const I32x16& b) {
+  return each_lane<I32x16>([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
+}
+inline F32x16 lookup(const F32x16& table, const I32x16& index) {
+  return each_lane<F32x16>([&](int i) { return table.v[index.v[i]]; });
 }
 inline uint32_t to_bits(const Mask16& m) {
   uint32_t bits = 0;

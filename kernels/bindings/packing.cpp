@@ -3,13 +3,15 @@
 #include <nanobind/stl/optional.h>
 
 #include <optional>
+#include <vector>
 
 #include "bindings.h"
 
 namespace gemma2 {
 namespace {
 
-void pack(Runtime& runtime, const WeightRows& rows, const std::string& format, Array<uint8_t, 1> out,
+// Returns (Σ (w - rounded w)², Σ w²).
+nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& format, Array<uint8_t, 1> out,
           const std::optional<Array<const float, 1>>& importance) {
   require(rows.outputs > 0 && rows.inputs > 0, "weights: there must be at least one row and one column");
   const Matrix matrix{weight_format(format), rows.outputs, rows.inputs, out.data()};
@@ -25,13 +27,20 @@ void pack(Runtime& runtime, const WeightRows& rows, const std::string& format, A
                                                              std::to_string(weighting[k]));
     }
   }
+  std::vector<RoundingError> errors(static_cast<size_t>(matrix.num_tiles()));
   int64_t bad_row;
   {
     nb::gil_scoped_release release;
-    bad_row = packing_kernels(runtime.isa).pack(runtime.pool, rows, weighting, matrix, out.data());
+    bad_row = packing_kernels(runtime.isa).pack(runtime.pool, rows, weighting, matrix, out.data(), errors.data());
   }
   require(bad_row < 0, "weights: row " + std::to_string(bad_row) + " holds NaN, infinity or a weight too large for " +
                            format);
+  RoundingError total;
+  for (const RoundingError& tile : errors) {
+    total.error += tile.error;
+    total.weight += tile.weight;
+  }
+  return nb::make_tuple(total.error, total.weight);
 }
 
 }  // namespace
@@ -39,7 +48,7 @@ void pack(Runtime& runtime, const WeightRows& rows, const std::string& format, A
 void bind_packing(nb::module_& m) {
   m.def("pack_matrix", [](Runtime& runtime, Array<const float, 2> weights, const std::string& format,
                           Array<uint8_t, 1> out, std::optional<Array<const float, 1>> importance) {
-    pack(runtime, {weights.data(), nullptr, static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1))},
+    return pack(runtime, {weights.data(), nullptr, static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1))},
          format, out, importance);
   }, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(), "importance"_a.noconvert() = nb::none());
   m.def("pack_matrix", [](Runtime& runtime, Array<const uint16_t, 2> weights, const std::string& format,

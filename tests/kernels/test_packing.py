@@ -152,3 +152,124 @@ def test_bad_arguments() -> None:
         )
     with pytest.raises(TypeError):
         kernels.pack_matrix(runtime, weights.astype(np.float64), "q4", aligned(1088))
+
+
+def scales_and_codes(weights: Floats, weight_format: str, **options: Any) -> tuple[Floats, Floats]:
+    """Packs (32, inputs) weights; returns the scale of each group, (32, groups, 1), and the rounded weights."""
+    data = pack(weights, weight_format, **options)
+    block_bytes = {"q8": 2112, "q4": 1088}[weight_format]
+    scales = np.ascontiguousarray(data.reshape(-1, block_bytes)[:, -64:]).view(np.float16).astype(np.float32)
+    return scales.T[:, :, None], unpack(data, weight_format, weights.shape)
+
+
+VALUES = {"q4": np.array(kernels.Q4_CODEBOOK, np.float32), "q8": np.arange(-127, 128, dtype=np.float32)}
+
+
+def rounded_to(groups: Floats, scales: Floats, weight_format: str) -> Floats:
+    """The nearest that each group (..., 64) can be with a scale (..., 1)."""
+    values = VALUES[weight_format]
+    middles = (values[1:] + values[:-1]) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(scales == 0, 0, values[np.searchsorted(middles, groups / scales)] * scales)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "kind"),
+    [
+        *(("q4", kind) for kind in ("normal", "heavy tails", "one sign", "two values", "sparse")),
+        *(("q8", kind) for kind in ("normal", "heavy tails", "one sign", "sparse")),
+    ],
+)
+def test_the_scale_is_close_to_the_best_that_there_is(weight_format: str, kind: str) -> None:
+    random = np.random.default_rng(3)
+    weights = {
+        "normal": random.normal(size=(32, 128)),
+        "heavy tails": random.standard_t(4, size=(32, 128)),
+        "one sign": np.abs(random.normal(size=(32, 128))),
+        "two values": random.choice([-1.0, 0.3], size=(32, 128)),
+        "sparse": random.normal(size=(32, 128)) * (random.random((32, 128)) < 0.1),
+    }[kind].astype(np.float32) * np.float32(0.02)
+    scales, restored = scales_and_codes(weights, weight_format)
+    groups = weights.reshape(32, 2, 64)
+    # The codes are the nearest for the scale; the search is judged by the error against a search without end.
+    np.testing.assert_allclose(restored.reshape(groups.shape), rounded_to(groups, scales, weight_format), atol=1e-9)
+    largest = np.abs(groups).max(axis=2, keepdims=True)
+    least = np.full((32, 2), np.inf)
+    for sign in (-1, 1) if weight_format == "q4" else (1,):
+        for factor in np.linspace(0.4, 1.8, 500) if weight_format == "q4" else np.linspace(0.9, 1.1, 500):
+            scale = (sign * largest / (127 * factor)).astype(np.float16).astype(np.float32)
+            error = groups - rounded_to(groups, scale, weight_format)
+            least = np.minimum(least, np.sum(error**2, axis=2))
+    # Some scales fit 64 weights to the 255 values of q8 by luck, which 16 candidates do not all find.
+    ratio = np.sum((weights - restored) ** 2) / least.sum()
+    assert ratio <= (1.03 if weight_format == "q4" else 1.7)
+
+
+def test_q4_rounds_normal_weights_better_than_a_uniform_grid_can() -> None:
+    weights = normal(32, 64 * 40)
+    _, restored = scales_and_codes(weights, "q4")
+    groups = weights.reshape(32, 40, 64)
+    largest = np.abs(groups).max(axis=2, keepdims=True)
+    least = np.full((32, 40), np.inf)
+    for sign in (-1, 1):
+        for factor in np.linspace(0.7, 1.3, 60):
+            scale = sign * largest / (8 * factor)
+            on_grid = np.clip(np.rint(groups / scale), -8, 7) * scale
+            least = np.minimum(least, np.sum((groups - on_grid) ** 2, axis=2))
+    uniform = float(np.sqrt(least.sum() / np.sum(weights**2)))
+    assert uniform == pytest.approx(0.090, abs=0.001)
+    assert relative_error(weights, restored) == pytest.approx(0.0805, abs=0.0007)
+
+
+def test_q8_is_better_than_by_the_largest_weight() -> None:
+    weights = normal(32, 64 * 40)
+    _, restored = scales_and_codes(weights, "q8")
+    groups = weights.reshape(32, 40, 64)
+    scale = np.abs(groups).max(axis=2, keepdims=True) / 127
+    by_largest = relative_error(groups, np.rint(groups / scale) * scale)
+    assert relative_error(weights, restored) < 0.96 * by_largest
+
+
+def test_importance_lowers_the_error_where_it_says() -> None:
+    weights = normal(64, 128)
+    importance = np.where(np.arange(128) % 8 == 0, 100, 1).astype(np.float32)
+    for weight_format in ("q8", "q4"):
+        flat = unpack(pack(weights, weight_format), weight_format, weights.shape) - weights
+        told = unpack(pack(weights, weight_format, importance=importance), weight_format, weights.shape) - weights
+        assert np.sum(importance * told**2) < 0.9 * np.sum(importance * flat**2)
+
+
+@pytest.mark.parametrize("weight_format", ["q8", "q4"])
+def test_weights_that_are_already_rounded_stay_as_they_are(weight_format: str) -> None:
+    once = unpack(pack(normal(64, 192), weight_format), weight_format, (64, 192))
+    again = unpack(pack(once, weight_format), weight_format, (64, 192))
+    np.testing.assert_allclose(again, once, rtol=0, atol=np.abs(once).max() * 2**-11)
+
+
+@pytest.mark.parametrize("weight_format", ["q8", "q4"])
+def test_the_range_of_weights(weight_format: str) -> None:
+    weights = normal(32, 64) / np.float32(0.03)
+    relative = relative_error(weights, unpack(pack(weights, weight_format), weight_format, (32, 64)))
+    for size in (1e6, 1e-2):
+        scaled = weights * np.float32(size)
+        restored = unpack(pack(scaled, weight_format), weight_format, (32, 64))
+        assert relative_error(scaled, restored) == pytest.approx(relative, rel=0.02)
+    for size in (1e-3, 1e-5, 1e-7, 1e-12, 1e-38, 1e-44):  # scales are halves of fewer digits, down to 0
+        scaled = weights * np.float32(size)
+        restored = unpack(pack(scaled, weight_format), weight_format, (32, 64))
+        assert np.isfinite(restored).all()
+        assert np.abs(restored - scaled).max() <= {"q4": 0.5, "q8": 0.02}[weight_format] * size + 127 * 2**-25
+    with pytest.raises(ValueError, match="row 0 holds NaN, infinity or a weight too large"):
+        pack(np.full((1, 64), 127 * 65536.0, np.float32), weight_format)
+    largest = np.full((1, 64), 100 * 65504.0, np.float32)
+    np.testing.assert_allclose(unpack(pack(largest, weight_format), weight_format, (1, 64)), largest, rtol=2**-10)
+
+
+def test_what_rounding_did_is_returned() -> None:
+    weights = normal(70, 100)
+    for weight_format in FORMATS:
+        out = aligned(kernels.matrix_bytes(weight_format, 70, 100))
+        error, weight = kernels.pack_matrix(kernels.Runtime(2), weights, weight_format, out)
+        restored = unpack(out, weight_format, weights.shape).astype(np.float64)
+        assert weight == pytest.approx(np.sum(weights.astype(np.float64) ** 2), rel=1e-5)
+        assert error == pytest.approx(np.sum((weights - restored) ** 2), rel=1e-4)
