@@ -1,15 +1,21 @@
 // Dot products of 16 outputs × 4 inputs at a time, whatever instruction the processor has for them.
 //
-//   Weights      64 bytes: byte 4·i + b is the weight of output i, input b
-//   load_q8      from 64 signed bytes
-//   unpack_q4    from 64 bytes of nibbles: the weights of 4 inputs (low nibbles) and of the next 4 (high nibbles)
-//   dot_start    what the accumulators of a group start from, given the sum of its activations (a product that is biased
-//                to suit an instruction is put right here)
-//   dot4         accumulator of output i += Σ_b weight(i, b) · x[b]
-//   kMaxRows     rows of activations whose accumulators fit the registers beside one another
-//   kUnroll      how far to unroll loops over rows and steps (the plain version would become megabytes of code)
+//   Weights          64 bytes: byte 4·i + b is the weight of output i, input b
+//   load_q8          from 64 signed bytes
+//   unpack_q4        from 64 bytes of nibbles: the weights of 4 inputs (low nibbles) and of the next 4 (high nibbles)
+//   store_weights, load_weights   to and from 64 aligned bytes, in whatever form suits
+//   dot_start        what the accumulators of a group start from, given the sum of its activations (a product that is
+//                    biased to suit an instruction is put right here)
+//   dot4             for each vector v, accumulator of output i += Σ_b weight(v, i, b) · x[b]
 //
 // From dot_start through dot4 over all inputs of a group: the exact integer, on every instruction set.
+//
+// How many rows' accumulators fit the registers, each with a measured or counted reason:
+//   kMaxRowsOfPair    rows × 2 vectors of outputs: a tile at once, for few rows
+//   kMaxRowsOfOne     rows × 1 vector: more rows to a weight that is unpacked
+//   kMaxRowsUnpacked  rows × kUnpackedVectors (1 or 2), from weights that were unpacked before
+//   kMinRowsToUnpack  from how many rows on unpacking before is worth it
+//   kUnroll           how far to unroll loops over rows and steps (the plain version would become megabytes of code)
 #pragma once
 
 #include "isa.h"

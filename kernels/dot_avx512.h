@@ -7,7 +7,13 @@
 
 namespace gemma2::avx512 {
 
-constexpr int kMaxRows = 8;
+// 32 registers hold the accumulators of 6 rows × 2 vectors or 14 × 1 twice, as int32 and as float32, beside the weights
+// and the table that unpacks them; of 7 × 2 without the table.
+constexpr int kMaxRowsOfPair = 6;
+constexpr int kMaxRowsOfOne = 14;
+constexpr int kUnpackedVectors = 2;
+constexpr int kMaxRowsUnpacked = 7;
+constexpr int kMinRowsToUnpack = 128;
 constexpr int kUnroll = 16;
 
 struct Weights {
@@ -27,13 +33,23 @@ inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
   low = {_mm512_permutexvar_epi8(codes, table)};
   high = {_mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), table)};
 }
+inline void store_weights(int8_t* p, const Weights& w) { _mm512_store_si512(p, w.v); }
+inline Weights load_weights(const int8_t* p) { return {_mm512_load_si512(p)}; }
+
 inline I32x16 dot_start(int32_t sum) { return I32x16::broadcast(-128 * sum); }
 
 using AnyInt32 [[gnu::may_alias]] = int32_t;
 
 // Inline assembly, since GCC 12 keeps the accumulators of _mm512_dpbusd_epi32 in memory: half the speed.
-inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const AnyInt32*>(x)));
+inline void dot4(I32x16 (&acc)[1], const Weights (&w)[1], const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(acc[0].v)
+      : "v"(w[0].v), "m"(*reinterpret_cast<const AnyInt32*>(x)));
+}
+inline void dot4(I32x16 (&acc)[2], const Weights (&w)[2], const int8_t* x) {
+  const __m512i inputs = _mm512_set1_epi32(*reinterpret_cast<const AnyInt32*>(x));
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc[0].v) : "v"(w[0].v), "v"(inputs));
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc[1].v) : "v"(w[1].v), "v"(inputs));
 }
 
 }  // namespace gemma2::avx512

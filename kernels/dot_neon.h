@@ -8,7 +8,12 @@
 
 namespace gemma2::neon {
 
-constexpr int kMaxRows = 4;
+// 32 registers hold 4 vectors of int32 and the weights of 2; those of float32 live in memory.
+constexpr int kMaxRowsOfPair = 2;
+constexpr int kMaxRowsOfOne = 4;
+constexpr int kUnpackedVectors = 1;
+constexpr int kMaxRowsUnpacked = 4;
+constexpr int kMinRowsToUnpack = 32;
 constexpr int kUnroll = 16;
 
 struct Weights {
@@ -24,12 +29,20 @@ inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
     high.v[i] = vqtbl1q_s8(table, vshrq_n_u8(codes, 4));
   }
 }
+inline void store_weights(int8_t* p, const Weights& w) {
+  for (int i = 0; i < 4; ++i) vst1q_s8(p + 16 * i, w.v[i]);
+}
+inline Weights load_weights(const int8_t* p) { return load_q8(p); }
+
 inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
-inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
+template <int num_vectors>
+inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, sizeof four);
   const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four));
-  for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], w.v[i], inputs);
+  for (int v = 0; v < num_vectors; ++v) {
+    for (int i = 0; i < 4; ++i) acc[v].v[i] = vdotq_s32(acc[v].v[i], w[v].v[i], inputs);
+  }
 }
 
 }  // namespace gemma2::neon

@@ -6,7 +6,11 @@
 
 namespace gemma2::scalar {
 
-constexpr int kMaxRows = 1;
+constexpr int kMaxRowsOfPair = 1;
+constexpr int kMaxRowsOfOne = 1;
+constexpr int kUnpackedVectors = 1;
+constexpr int kMaxRowsUnpacked = 1;
+constexpr int kMinRowsToUnpack = 16;
 constexpr int kUnroll = 1;
 
 struct Weights {
@@ -24,10 +28,17 @@ inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
     high.v[i] = kQ4Codebook[nibbles[i] >> 4];
   }
 }
+inline void store_weights(int8_t* p, const Weights& w) { std::memcpy(p, w.v, sizeof w.v); }
+inline Weights load_weights(const int8_t* p) { return load_q8(p); }
+
 inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
-inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
-  for (int i = 0; i < 16; ++i) {
-    acc.v[i] += w.v[4 * i] * x[0] + w.v[4 * i + 1] * x[1] + w.v[4 * i + 2] * x[2] + w.v[4 * i + 3] * x[3];
+template <int num_vectors>
+inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
+  for (int v = 0; v < num_vectors; ++v) {
+    for (int i = 0; i < kLanes; ++i) {
+      const int8_t* weights = w[v].v + 4 * i;
+      acc[v].v[i] += weights[0] * x[0] + weights[1] * x[1] + weights[2] * x[2] + weights[3] * x[3];
+    }
   }
 }
 

@@ -13,92 +13,118 @@
 #include <array>
 #include <utility>
 
-#include "dot.h"
-#include "simd.h"
+#include "quantized_rows.h"
 
 namespace gemma2::GEMMA2_ISA {
 namespace {
 
-struct Q4 {
-  using Block = Q4Block;
-  static void unpack(const Block& block, int half, int step, Weights& first, Weights& second) {
-    unpack_q4(block.nibbles[half][step], first, second);
-  }
-};
-struct Q8 {
-  using Block = Q8Block;
-  static void unpack(const Block& block, int half, int step, Weights& first, Weights& second) {
-    first = load_q8(block.values[half][2 * step]);
-    second = load_q8(block.values[half][2 * step + 1]);
-  }
-};
-constexpr int kSteps = 8;  // of 8 inputs in a group
+constexpr int64_t kRowsPerTask = 512;
 
+template <class Source>
+using MultiplyRows = void (*)(const Activations&, int64_t row, Source, float* out, int64_t stride, int num_outputs);
 
-// num_rows rows of x from `row` on times one tile.
-template <class Format, int num_rows>
-void multiply_tile(const Activations& x, int64_t row, const typename Format::Block* blocks, float* out, int64_t stride,
-                   int num_outputs) {
-  F32x16 sums[2][num_rows];
-  for (auto& half : sums) {
-    for (auto& sum : half) sum = F32x16::zero();
-  }
-  const int64_t num_groups = x.num_groups, width = x.padded_width;
-  const int8_t* values = x.int8.get() + row * width;
-  const float* scales = x.scales.get() + row * num_groups;
-  const int32_t* totals = x.sums.get() + row * num_groups;
-  for (int64_t group = 0; group < num_groups; ++group) {
-#pragma GCC unroll kUnroll
-    for (int half = 0; half < 2; ++half) {
-      I32x16 dots[num_rows];
-#pragma GCC unroll kUnroll
-      for (int r = 0; r < num_rows; ++r) dots[r] = dot_start(totals[r * num_groups + group]);
-#pragma GCC unroll kUnroll
-      for (int step = 0; step < kSteps; ++step) {
-        Weights first, second;
-        Format::unpack(blocks[group], half, step, first, second);
-#pragma GCC unroll kUnroll
-        for (int r = 0; r < num_rows; ++r) dot4(dots[r], first, values + r * width + group * kGroup + step * 8);
-#pragma GCC unroll kUnroll
-        for (int r = 0; r < num_rows; ++r) dot4(dots[r], second, values + r * width + group * kGroup + step * 8 + 4);
-      }
-      const F32x16 scale = F32x16::load_f16(blocks[group].scales + half * kLanesPerHalf);
-#pragma GCC unroll kUnroll
-      for (int r = 0; r < num_rows; ++r) {
-        sums[half][r] = fma(to_f32(dots[r]), F32x16::broadcast(scales[r * num_groups + group]) * scale, sums[half][r]);
-      }
-    }
-  }
-  for (int r = 0; r < num_rows; ++r) {
-    for (int half = 0; half < 2; ++half) {
-      const int n = num_outputs - half * kLanesPerHalf;
-      if (n > 0) sums[half][r].store_partial(out + r * stride + half * kLanesPerHalf, n < 16 ? n : 16);
-    }
+// multiply_rows for 1 … max_rows rows.
+template <int max_rows, int num_vectors, class Source>
+constexpr std::array<MultiplyRows<Source>, max_rows> for_rows() {
+  return []<size_t... n>(std::index_sequence<n...>) {
+    return std::array<MultiplyRows<Source>, max_rows>{multiply_rows<n + 1, num_vectors, Source>...};
+  }(std::make_index_sequence<max_rows>());
+}
+
+// Calls f(first, number) for consecutive blocks of at most max_rows rows, as equal as can be.
+template <class F>
+void for_blocks(int64_t first, int64_t last, int64_t max_rows, F&& f) {
+  const int64_t num_blocks = (last - first + max_rows - 1) / max_rows;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t number = (last - first + num_blocks - block - 1) / (num_blocks - block);
+    f(first, number);
+    first += number;
   }
 }
 
+struct Product {
+  const Activations& x;
+  const Matrix& w;
+  float* out;
+
+  template <class Format>
+  const typename Format::Block* blocks(int64_t tile) const {
+    return reinterpret_cast<const typename Format::Block*>(w.data + tile * w.tile_bytes());
+  }
+  // How many outputs there are from a half of a tile on; no more than 0 where it is all padding.
+  int outputs_from(int64_t tile, int half) const {
+    const int64_t left = w.outputs - tile * kTile - half * kLanesPerHalf;
+    return static_cast<int>(left < kTile ? left : kTile);
+  }
+  float* at(int64_t row, int64_t tile, int half) const {
+    return out + row * w.outputs + tile * kTile + half * kLanesPerHalf;
+  }
+};
+
+// Few rows: weights are unpacked on the way to their products.
 template <class Format>
-void multiply_matrix(ThreadPool& pool, const Activations& x, const Matrix& w, float* out) {
-  using Tile = void (*)(const Activations&, int64_t, const typename Format::Block*, float*, int64_t, int);
-  static constexpr auto tiles = []<size_t... n>(std::index_sequence<n...>) {
-    return std::array<Tile, kMaxRows>{multiply_tile<Format, n + 1>...};
-  }(std::make_index_sequence<kMaxRows>());
-  pool.parallel_for(w.num_tiles(), [&](int64_t tile, int) {
-    const auto* blocks = reinterpret_cast<const typename Format::Block*>(w.data + tile * w.tile_bytes());
-    const int64_t left = w.outputs - tile * kTile;
-    for (int64_t row = 0; row < x.rows; row += kMaxRows) {
-      const int64_t n = x.rows - row < kMaxRows ? x.rows - row : kMaxRows;
-      tiles[n - 1](x, row, blocks, out + row * w.outputs + tile * kTile, w.outputs,
-                   static_cast<int>(left < kTile ? left : kTile));
+void multiply_packed(const Product& p, int64_t tile) {
+  using Source = PackedTile<Format>;
+  static constexpr auto pairs = for_rows<kMaxRowsOfPair, 2, Source>();
+  static constexpr auto ones = for_rows<kMaxRowsOfOne, 1, Source>();
+  const auto* blocks = p.blocks<Format>(tile);
+  if (p.x.rows <= kMaxRowsOfPair) {
+    pairs[p.x.rows - 1](p.x, 0, {blocks, 0}, p.at(0, tile, 0), p.w.outputs, p.outputs_from(tile, 0));
+    return;
+  }
+  for_blocks(0, p.x.rows, kMaxRowsOfOne, [&](int64_t row, int64_t n) {
+    for (int half = 0; half < 2; ++half) {
+      ones[n - 1](p.x, row, {blocks, half}, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
     }
   });
 }
 
+// Many rows: a tile is unpacked once and stays in the second-level cache while all rows pass by.
+template <class Format>
+void multiply_unpacked(const Product& p, int64_t tile, int64_t first, int64_t last) {
+  static constexpr auto rows = for_rows<kMaxRowsUnpacked, kUnpackedVectors, UnpackedTile>();
+  thread_local AlignedArray<int8_t> buffer;
+  thread_local int64_t buffer_bytes = 0;
+  const int64_t num_groups = p.x.num_groups;
+  if (buffer_bytes < UnpackedTile::size_bytes(num_groups)) {
+    buffer_bytes = UnpackedTile::size_bytes(num_groups);
+    buffer = aligned_zeros<int8_t>(buffer_bytes);
+  }
+  auto* factors = reinterpret_cast<float*>(buffer.get() + num_groups * UnpackedTile::kGroupBytes);
+  UnpackedTile{buffer.get(), factors, 0}.template unpack<Format>(p.blocks<Format>(tile), num_groups);
+  for_blocks(first, last, kMaxRowsUnpacked, [&](int64_t row, int64_t n) {
+    for (int half = 0; half < 2; half += kUnpackedVectors) {
+      rows[n - 1](p.x, row, {buffer.get(), factors, half}, p.at(row, tile, half), p.w.outputs,
+                  p.outputs_from(tile, half));
+    }
+  });
+}
+
+template <class Format>
+void multiply_matrix(ThreadPool& pool, const Product& p) {
+  const int64_t num_tiles = p.w.num_tiles(), num_rows = p.x.rows;
+  if (num_rows < kMinRowsToUnpack) {
+    const int64_t per_task = (num_tiles + 8 * pool.num_threads() - 1) / (8 * pool.num_threads());
+    pool.parallel_for((num_tiles + per_task - 1) / per_task, [&](int64_t task, int) {
+      for (int64_t tile = task * per_task; tile < (task + 1) * per_task && tile < num_tiles; ++tile) {
+        multiply_packed<Format>(p, tile);
+      }
+    });
+    return;
+  }
+  const int64_t num_parts = (num_rows + kRowsPerTask - 1) / kRowsPerTask;
+  pool.parallel_for(num_parts * num_tiles, [&](int64_t task, int) {
+    const int64_t part = task / num_tiles, tile = task % num_tiles;
+    multiply_unpacked<Format>(p, tile, num_rows * part / num_parts, num_rows * (part + 1) / num_parts);
+  });
+}
+
 void multiply(ThreadPool& pool, const Activations& x, const Matrix& w, float* out) {
+  if (x.rows == 0) return;
   if (w.format == WeightFormat::q4) {
-    multiply_matrix<Q4>(pool, x, w, out);
+    multiply_matrix<Q4>(pool, {x, w, out});
   } else {
-    multiply_matrix<Q8>(pool, x, w, out);
+    multiply_matrix<Q8>(pool, {x, w, out});
   }
 }
 

@@ -157,10 +157,20 @@ def test_formula_for_every_number_of_rows(isa: str, format: str) -> None:
         assert_same_bits(multiply(part.activations, w.matrix, isa), expected[:rows])
 
 
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("format", FORMATS)
+def test_formula_for_many_rows(isa: str, format: str) -> None:
+    w = random_weights(format, 81, 130)
+    x = Rows(1026, 130)
+    expected = reference(x, w)
+    for rows in (127, 128, 129, 512, 513, 1026):
+        assert_same_bits(multiply(Rows(rows, 130).activations, w.matrix, isa, threads=2), expected[:rows])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_threads_change_nothing(format: str) -> None:
     w = random_weights(format, 1000, 640)
-    for rows in (1, 4, 50):
+    for rows in (1, 4, 50, 150):
         x = Rows(rows, 640)
         expected = multiply(x.activations, w.matrix, "scalar")
         for isa in kernels.available_isas():

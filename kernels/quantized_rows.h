@@ -1,0 +1,151 @@
+// The inner kernel of isa/quantized_matmul.cpp: some rows of activations times some vectors of 16 outputs.
+//
+// All accumulators stay in registers: per row and vector one of int32 for the group at hand and one of float32 for the
+// sum over the groups. Weights come from a source, which unpacks them on the way or has them unpacked already:
+//
+//   void weights(group, step, v, Weights& first, Weights& second)   inputs 8·step … + 3 and 8·step + 4 … + 7
+//   F32x16 scales(group, v)
+#pragma once
+
+#include "activations.h"
+#include "dot.h"
+#include "matrix.h"
+#include "simd.h"
+
+namespace gemma2::GEMMA2_ISA {
+
+constexpr int kStepsPerGroup = 8;  // a step is 8 inputs: what 64 bytes of nibbles hold for 16 outputs
+constexpr int kWeightsBytes = 64;  // of a `Weights` in memory
+
+struct Q4 {
+  using Block = Q4Block;
+  static void unpack(const Block& block, int half, int step, Weights& first, Weights& second) {
+    unpack_q4(block.nibbles[half][step], first, second);
+  }
+};
+struct Q8 {
+  using Block = Q8Block;
+  static void unpack(const Block& block, int half, int step, Weights& first, Weights& second) {
+    first = load_q8(block.values[half][2 * step]);
+    second = load_q8(block.values[half][2 * step + 1]);
+  }
+};
+
+// A tile as it is packed; the vectors are its halves from `half` on.
+template <class Format>
+struct PackedTile {
+  const typename Format::Block* blocks;
+  int half;
+  void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
+    Format::unpack(blocks[group], half + v, step, first, second);
+  }
+  F32x16 scales(int64_t group, int v) const {
+    return F32x16::load_f16(blocks[group].scales + (half + v) * kLanesPerHalf);
+  }
+};
+
+// A tile unpacked for many rows: per group the weights in the order in which they are needed, and float32 scales.
+struct UnpackedTile {
+  static constexpr int64_t kGroupBytes = kTile * kGroup;
+
+  int8_t* bytes;   // [group][step][first, second][2 halves][64]
+  float* factors;  // [group][2 halves][16]
+  int half;
+
+  static int64_t size_bytes(int64_t num_groups) { return num_groups * (kGroupBytes + int64_t{kTile * sizeof(float)}); }
+
+  int8_t* at(int64_t group, int step, int half) const {
+    return bytes + group * kGroupBytes + step * 4 * kWeightsBytes + half * kWeightsBytes;
+  }
+  void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
+    first = load_weights(at(group, step, half + v));
+    second = load_weights(at(group, step, half + v) + 2 * kWeightsBytes);
+  }
+  F32x16 scales(int64_t group, int v) const {
+    return F32x16::load(factors + group * kTile + (half + v) * kLanesPerHalf);
+  }
+
+  template <class Format>
+  void unpack(const typename Format::Block* blocks, int64_t num_groups) {
+    for (int64_t group = 0; group < num_groups; ++group) {
+      for (int half = 0; half < 2; ++half) {
+        for (int step = 0; step < kStepsPerGroup; ++step) {
+          Weights first, second;
+          Format::unpack(blocks[group], half, step, first, second);
+          store_weights(at(group, step, half), first);
+          store_weights(at(group, step, half) + 2 * kWeightsBytes, second);
+        }
+        F32x16::load_f16(blocks[group].scales + half * kLanesPerHalf)
+            .store(factors + group * kTile + half * kLanesPerHalf);
+      }
+    }
+  }
+};
+
+// out[r][16·v + i], r < num_rows, v < num_vectors, for the rows of x from `row` on. num_outputs of the columns exist.
+template <int num_rows, int num_vectors, class Source>
+[[gnu::noinline]] void multiply_rows(const Activations& x, int64_t row, const Source source, float* out, int64_t stride,
+                                     int num_outputs) {
+  const int64_t num_groups = x.num_groups, width = x.padded_width;
+  const int8_t* values = x.int8.get() + row * width;
+  const float* scales = x.scales.get() + row * num_groups;
+  const int32_t* totals = x.sums.get() + row * num_groups;
+  F32x16 sums[num_rows][num_vectors];
+#pragma GCC unroll kUnroll
+  for (int r = 0; r < num_rows; ++r) {
+#pragma GCC unroll kUnroll
+    for (int v = 0; v < num_vectors; ++v) sums[r][v] = F32x16::zero();
+  }
+  for (int64_t group = 0; group < num_groups; ++group) {
+    // Lines of the output are fetched while there is still time until they are written.
+    constexpr int64_t kGroupsAhead = 16;
+    const int64_t next = group - (num_groups - kGroupsAhead);
+    if (next >= 0 && next < num_rows) {
+      for (int v = 0; v < num_vectors; ++v) __builtin_prefetch(out + next * stride + v * kLanesPerHalf, 1);
+    }
+    I32x16 dots[num_rows][num_vectors];
+#pragma GCC unroll kUnroll
+    for (int r = 0; r < num_rows; ++r) {
+      const I32x16 start = dot_start(totals[r * num_groups + group]);
+#pragma GCC unroll kUnroll
+      for (int v = 0; v < num_vectors; ++v) dots[r][v] = start;
+    }
+#pragma GCC unroll kUnroll
+    for (int step = 0; step < kStepsPerGroup; ++step) {
+      Weights first[num_vectors], second[num_vectors];
+#pragma GCC unroll kUnroll
+      for (int v = 0; v < num_vectors; ++v) source.weights(group, step, v, first[v], second[v]);
+      const int8_t* inputs = values + group * kGroup + step * 8;
+#pragma GCC unroll kUnroll
+      for (int r = 0; r < num_rows; ++r) dot4(dots[r], first, inputs + r * width);
+#pragma GCC unroll kUnroll
+      for (int r = 0; r < num_rows; ++r) dot4(dots[r], second, inputs + r * width + 4);
+    }
+#pragma GCC unroll kUnroll
+    for (int r = 0; r < num_rows; ++r) {
+      const F32x16 scale = F32x16::broadcast(scales[r * num_groups + group]);
+#pragma GCC unroll kUnroll
+      for (int v = 0; v < num_vectors; ++v) {
+        sums[r][v] = fma(to_f32(dots[r][v]), scale * source.scales(group, v), sums[r][v]);
+      }
+    }
+  }
+  if (num_outputs >= num_vectors * kLanesPerHalf) {
+#pragma GCC unroll kUnroll
+    for (int r = 0; r < num_rows; ++r) {
+#pragma GCC unroll kUnroll
+      for (int v = 0; v < num_vectors; ++v) sums[r][v].store(out + r * stride + v * kLanesPerHalf);
+    }
+    return;
+  }
+#pragma GCC unroll kUnroll
+  for (int r = 0; r < num_rows; ++r) {
+#pragma GCC unroll kUnroll
+    for (int v = 0; v < num_vectors; ++v) {
+      const int n = num_outputs - v * kLanesPerHalf;
+      if (n > 0) sums[r][v].store_partial(out + r * stride + v * kLanesPerHalf, n);
+    }
+  }
+}
+
+}  // namespace gemma2::GEMMA2_ISA
