@@ -22,14 +22,18 @@
 namespace gemma2::GEMMA2_ISA {
 namespace {
 
-// Rows and halves of tiles of a register tile. 32 registers of AVX-512: 6 × 4 sums, 4 of w, 1 of x. NEON, four
-// registers to a vector: 6 × 1, likewise. AVX2 has 16 registers, two to a vector: 6 × 1 sums, 2 of w, 1 of x, a mask.
+// Rows and halves of tiles of a register tile. 32 registers of AVX-512: 6 × 4 sums, 4 of w, 1 of x. AVX2 has 16, two to
+// a vector: 6 × 1 sums, 2 of w, 1 of x, a mask. NEON has 32, four to a vector: 5 × 1 sums, 4 of w, 5 of x.
 #if defined(GEMMA2_ISA_AVX512)
 constexpr int kMaxRows = 6;
 constexpr int halves_for(int) { return 4; }
 constexpr int64_t kBlockSteps = 512;
 #elif defined(GEMMA2_ISA_AVX2) || defined(GEMMA2_ISA_NEON)
+#if defined(GEMMA2_ISA_AVX2)
 constexpr int kMaxRows = 6;
+#else
+constexpr int kMaxRows = 5;
+#endif
 constexpr int halves_for(int rows) { return rows <= 2 ? 2 : 1; }
 constexpr int64_t kBlockSteps = 256;
 #else
