@@ -114,9 +114,8 @@ struct Bf16x32 {
 
 #if defined(GEMMA2_ISA_AVX512)
 inline F32x16 dot(Bf16x32 a, Bf16x32 b, F32x16 c) {
-  // Not the intrinsic: GCC 12 spills its accumulators.
-  asm("vdpbf16ps %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(b.v));
-  return c;
+  // Not inline assembly: with that, GCC 12 spills a register tile's sums (it is the other way round for vpdpbusd).
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 #elif defined(GEMMA2_ISA_AVX2) || defined(GEMMA2_ISA_NEON)
 inline F32x16 dot(const Bf16x32& a, const Bf16x32& b, const F32x16& c) {
