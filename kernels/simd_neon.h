@@ -111,6 +111,9 @@ struct F32x16 {
   static F32x16 load_f16(const uint16_t* p) {
     return each_register<F32x16>([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
   }
+  void store_f16(uint16_t* p) const {
+    for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(v[i])));
+  }
   void store(float* p) const {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v[i]);
   }
@@ -183,6 +186,18 @@ inline Mask16 operator<(const F32x16& a, const F32x16& b) {
 }
 inline F32x16 select(const Mask16& m, const F32x16& a, const F32x16& b) {
   return each_register<F32x16>([&](int i) { return vbslq_f32(m.m[i], a.v[i], b.v[i]); });
+}
+inline I32x16 select(const Mask16& m, const I32x16& a, const I32x16& b) {
+  return each_register<I32x16>([&](int i) { return vbslq_s32(m.m[i], a.v[i], b.v[i]); });
+}
+inline F32x16 lookup(const F32x16& table, const I32x16& index) {
+  uint8x16x4_t bytes;
+  for (int i = 0; i < 4; ++i) bytes.val[i] = vreinterpretq_u8_f32(table.v[i]);
+  return each_register<F32x16>([&](int i) {
+    // Lane n of the table is its bytes 4·n to 4·n + 3.
+    const int32x4_t places = vmlaq_n_s32(vdupq_n_s32(0x03020100), index.v[i], 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_s32(places)));
+  });
 }
 
 inline float reduce_add(const F32x16& a) {

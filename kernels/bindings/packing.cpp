@@ -10,6 +10,11 @@
 namespace gemma2 {
 namespace {
 
+template <class A>
+WeightRows weight_rows(const float* float32, const uint16_t* bfloat16, const A& array) {
+  return {float32, bfloat16, static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1))};
+}
+
 // Returns (Σ (w - rounded w)², Σ w²).
 nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& format, Array<uint8_t, 1> out,
           const std::optional<Array<const float, 1>>& importance) {
@@ -46,16 +51,19 @@ nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& form
 }  // namespace
 
 void bind_packing(nb::module_& m) {
-  m.def("pack_matrix", [](Runtime& runtime, Array<const float, 2> weights, const std::string& format,
-                          Array<uint8_t, 1> out, std::optional<Array<const float, 1>> importance) {
-    return pack(runtime, {weights.data(), nullptr, static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1))},
-         format, out, importance);
-  }, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(), "importance"_a.noconvert() = nb::none());
-  m.def("pack_matrix", [](Runtime& runtime, Array<const uint16_t, 2> weights, const std::string& format,
-                          Array<uint8_t, 1> out, std::optional<Array<const float, 1>> importance) {
-    pack(runtime, {nullptr, weights.data(), static_cast<int64_t>(weights.shape(0)), static_cast<int64_t>(weights.shape(1))},
-         format, out, importance);
-  }, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(), "importance"_a.noconvert() = nb::none());
+  const auto bind = [&](auto pack_weights) {
+    m.def("pack_matrix", pack_weights, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(),
+          "importance"_a.noconvert() = nb::none());
+  };
+  using Importance = std::optional<Array<const float, 1>>;
+  bind([](Runtime& runtime, Array<const float, 2> weights, const std::string& format, Array<uint8_t, 1> out,
+          const Importance& importance) {
+    return pack(runtime, weight_rows(weights.data(), nullptr, weights), format, out, importance);
+  });
+  bind([](Runtime& runtime, Array<const uint16_t, 2> weights, const std::string& format, Array<uint8_t, 1> out,
+          const Importance& importance) {
+    return pack(runtime, weight_rows(nullptr, weights.data(), weights), format, out, importance);
+  });
   m.def("unpack_matrix", [](Runtime& runtime, const Matrix& matrix) {
     auto* values = new float[static_cast<size_t>(matrix.outputs * matrix.inputs)];
     nb::capsule owner(values, [](void* p) noexcept { delete[] static_cast<float*>(p); });

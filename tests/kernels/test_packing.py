@@ -102,8 +102,10 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(weight_forma
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_bfloat16_bits_are_packed_like_the_floats_that_they_are(weight_format: str) -> None:
     weights = normal(40, 70).astype(ml_dtypes.bfloat16)
-    as_bits = pack(weights.view(np.uint16), weight_format)
-    np.testing.assert_array_equal(as_bits, pack(weights.astype(np.float32), weight_format))
+    out, runtime = [aligned(kernels.matrix_bytes(weight_format, 40, 70)) for _ in range(2)], kernels.Runtime(1)
+    of_bits = kernels.pack_matrix(runtime, weights.view(np.uint16), weight_format, out[0])
+    assert of_bits == kernels.pack_matrix(runtime, weights.astype(np.float32), weight_format, out[1])
+    np.testing.assert_array_equal(out[0], out[1])
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

@@ -9,6 +9,9 @@ from gemma2.checkpoints.checkpoint import Checkpoint, LazyTensor
 from gemma2.checkpoints.hub import pull
 from gemma2.checkpoints.layout import TOKENIZER_FILES
 from gemma2.checkpoints.names import expected_tensors
+from gemma2.checkpoints.packed_cache import packed_model
+from gemma2.checkpoints.packed_folder import is_packed, open_packed, save_packed
+from gemma2.checkpoints.packed_format import PackedFile
 from gemma2.checkpoints.resolve import resolve_model
 from gemma2.checkpoints.safetensors_reader import open_checkpoint
 from gemma2.checkpoints.safetensors_writer import save_checkpoint
@@ -17,9 +20,14 @@ __all__ = [
     "TOKENIZER_FILES",
     "Checkpoint",
     "LazyTensor",
+    "PackedFile",
     "expected_tensors",
+    "is_packed",
     "open_checkpoint",
+    "open_packed",
+    "packed_model",
     "pull",
     "resolve_model",
     "save_checkpoint",
+    "save_packed",
 ]

@@ -11,6 +11,8 @@ CONFIG_FILE: Final = "config.json"
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 SHARD_PATTERN: Final = "model-*-of-*.safetensors"
+PACKED_SUFFIX: Final = ".gemma2.safetensors"
+"""How files of packed weights end; see `packed_format`."""
 TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer.model",
@@ -51,6 +53,11 @@ def explain_no_weights(names: Sequence[str], *, folder: Path | None = None) -> s
         names: file names at the top of the folder; there is neither `model.safetensors` nor an index among them.
         folder: where they lie, if on this machine, to look one level deeper.
     """
+    if packed := _ending(names, PACKED_SUFFIX):
+        return (
+            f"holds weights packed for the CPU engine ({first_few(packed)}), which run but are no checkpoint; use the "
+            "model that they were made from"
+        )
     adapter = [name for name in names if name.startswith("adapter_")]
     if adapter:
         return (

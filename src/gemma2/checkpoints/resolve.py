@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from gemma2.checkpoints.layout import CONFIG_FILE
+from gemma2.checkpoints.packed_folder import is_packed, open_packed
 from gemma2.checkpoints.safetensors_reader import open_checkpoint
 from gemma2.errors import CheckpointError, Gemma2Error, nearest_name
 
@@ -69,7 +70,7 @@ def resolve_model(
             f"`{command}`.{hint}"
         )
     try:
-        open_checkpoint(folder)
+        open_packed(folder) if is_packed(folder) else open_checkpoint(folder)
     except Gemma2Error as error:
         raise CheckpointError(f"{repo_id}: the copy on this machine is not whole: {error}. Try `{command}`") from error
     return folder

@@ -32,7 +32,7 @@ another matter, as Gemma 2's residual stream overflows it; backends convert firs
 
 MAX_HEADER_BYTES: Final = 100_000_000  # the library's own limit; Gemma 2 27B needs 70 KB
 _LENGTH_BYTES: Final = 8
-_ALIGNMENT: Final = 8
+_FOR_TRANSFORMERS: Final[Mapping[str, str]] = MappingProxyType({"format": "pt"})  # which refuses a file without it
 
 _KNOWN_BEGINNINGS: Final = (
     (b"version https://git-lfs", "is a Git LFS pointer and not the weights; run `git lfs pull` in its folder"),
@@ -57,12 +57,15 @@ class TensorEntry:
     """Offset after the last byte."""
 
 
-def read_header(data: mmap | bytes, source: Path) -> dict[str, TensorEntry]:
+def read_header(
+    data: mmap | bytes, source: Path, *, dtypes: Mapping[str, np.dtype[Any]] = DTYPES
+) -> dict[str, TensorEntry]:
     """Parses and checks the header of one safetensors file; reads nothing after it.
 
     Args:
         data: the whole file, mapped.
         source: what to call the file in errors.
+        dtypes: those that may be in it.
 
     Returns:
         Name → entry, in the order of the bytes.
@@ -70,6 +73,24 @@ def read_header(data: mmap | bytes, source: Path) -> dict[str, TensorEntry]:
     Raises:
         CheckpointError: the file is not safetensors, is damaged or cut off, or holds a dtype that is not read.
     """
+    values, data_start = _read_values(data, source)
+    entries = [
+        _read_entry(name, value, data_start, source, dtypes) for name, value in values.items() if name != "__metadata__"
+    ]
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    _check_coverage(entries, data_start, len(data), source)
+    return {entry.name: entry for entry in entries}
+
+
+def read_metadata(data: mmap | bytes, source: Path) -> dict[str, str]:
+    """Returns the header's `__metadata__`, empty if it has none; raises as `read_header`."""
+    values, _ = _read_values(data, source)
+    metadata: dict[str, str] = values.get("__metadata__", {})
+    return metadata
+
+
+def _read_values(data: mmap | bytes, source: Path) -> tuple[dict[str, Any], int]:
+    """Parses the header; returns it, and where the data begin."""
     size = len(data)
     for beginning, meaning in _KNOWN_BEGINNINGS:
         if data[: len(beginning)] == beginning:
@@ -87,35 +108,37 @@ def read_header(data: mmap | bytes, source: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(
             f"{source}: is truncated: its header needs {data_start} bytes, but the file has {size}; copy it again"
         )
-    entries = [
-        _read_entry(name, value, data_start, source)
-        for name, value in _parse(data[_LENGTH_BYTES:data_start], source).items()
-        if name != "__metadata__"
-    ]
-    entries.sort(key=lambda entry: (entry.start, entry.end))
-    _check_coverage(entries, data_start, size, source)
-    return {entry.name: entry for entry in entries}
+    return _parse(data[_LENGTH_BYTES:data_start], source), data_start
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorEntry]]:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    *,
+    metadata: Mapping[str, str] = _FOR_TRANSFORMERS,
+    alignment: int = 8,
+    dtypes: Mapping[str, np.dtype[Any]] = DTYPES,
+) -> tuple[bytes, list[TensorEntry]]:
     """Builds the beginning of a file whose tensors follow in the given order.
 
     Args:
-        tensors: (name, key of `DTYPES`, shape) of each.
+        tensors: (name, key of `dtypes`, shape) of each.
+        metadata: what to write beside them.
+        alignment: what the offset of the first tensor is a multiple of.
+        dtypes: sizes of the values.
 
     Returns:
         Length and header, padded so that the data begin aligned, and where each tensor's bytes go.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     plan = []
     for name, dtype, shape in tensors:
-        end = position + math.prod(shape) * DTYPES[dtype].itemsize
+        end = position + math.prod(shape) * dtypes[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         plan.append((name, dtype, shape, position, end))
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(len(text) + _LENGTH_BYTES) % alignment)
     data_start = _LENGTH_BYTES + len(text)
     entries = [
         TensorEntry(name=name, dtype=dtype, shape=shape, start=data_start + start, end=data_start + end)
@@ -163,20 +186,22 @@ def _parse(header: bytes, source: Path) -> dict[str, Any]:
     return values
 
 
-def _read_entry(name: str, value: object, data_start: int, source: Path) -> TensorEntry:
+def _read_entry(
+    name: str, value: object, data_start: int, source: Path, dtypes: Mapping[str, np.dtype[Any]]
+) -> TensorEntry:
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise CheckpointError(f"{source}: the header's entry of {name} must have dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise CheckpointError(
-            f"{source}: {name} is stored as {dtype}, but only {', '.join(DTYPES)} are read; integers and 8-bit floats "
+            f"{source}: {name} is stored as {dtype}, but only {', '.join(dtypes)} are read; integers and 8-bit floats "
             "are quantized weights, for which the unquantized model is needed"
         )
     if not _are_counts(shape):
         raise CheckpointError(f"{source}: the shape of {name} must be a list of whole numbers, but is {shape!r:.80}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{source}: the data_offsets of {name} must be [begin, end], but are {offsets!r:.80}")
-    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    needed = math.prod(shape) * dtypes[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise CheckpointError(
             f"{source}: {name} of shape {tuple(shape)} in {dtype} takes {needed} bytes, but its data_offsets span "

@@ -94,7 +94,7 @@ def save_checkpoint(
             for name, contents in written.items():
                 (staging / name).write_bytes(contents.encode("utf-8") if isinstance(contents, str) else contents)
             config.to_json_file(staging / CONFIG_FILE, dtype=stored)
-            publish(staging, folder, replaced=_weight_files)
+            publish(staging, folder, weights=_weight_files)
     return folder
 
 
@@ -214,7 +214,8 @@ def _dtype_hint(dtype: str) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return [folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob(SHARD_PATTERN)]
+    names = [SINGLE_FILE, INDEX_FILE, *(path.name for path in folder.glob(SHARD_PATTERN))]
+    return [folder / name for name in names if (folder / name).exists()]
 
 
 def _check_further_files(tokenizer_files: list[Path], extra_files: Mapping[str, str | bytes]) -> None:

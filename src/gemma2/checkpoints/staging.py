@@ -60,22 +60,25 @@ def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> It
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, folder: Path, *, replaced: Callable[[Path], list[Path]]) -> None:
+def publish(staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]]) -> None:
     """Moves the finished files out, so that the folder opens neither as the old model nor as the new one in between.
 
     Args:
         staging: holds config.json and what belongs to it.
         folder: where to.
-        replaced: says which files of `folder` hold the old weights; they are removed before anything is moved.
+        weights: says which files of a folder hold weights. Those of `folder` that have no successor are removed.
     """
     for path in staging.iterdir():
         sync(path)  # a rename may survive a power cut that the contents do not
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    for path in replaced(folder):
-        path.unlink(missing_ok=True)
-    for path in sorted(staging.iterdir()):
-        if path.name != CONFIG_FILE:
-            path.replace(folder / path.name)
+    new = [path.name for path in weights(staging)]
+    others = sorted(path.name for path in staging.iterdir() if path.name not in (*new, CONFIG_FILE))
+    # The weights first: so the folder has some at any time, by which a next write sees that it may go on here.
+    for name in (*new, *others):
+        (staging / name).replace(folder / name)
+    for path in weights(folder):
+        if path.name not in new:
+            path.unlink()
     sync(folder)
     (staging / CONFIG_FILE).replace(folder / CONFIG_FILE)
     sync(folder)
