@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import torch
 import gemma2
 from gemma2 import api
 from gemma2.api import LLM
-from gemma2.checkpoints import save_checkpoint
+from gemma2.checkpoints import open_checkpoint, save_checkpoint, save_packed
 from gemma2.config import Gemma2Config
+from gemma2.cpu import CpuBackend
 from gemma2.errors import (
     ChatFormatError,
     CheckpointError,
@@ -123,7 +125,7 @@ def test_a_stream_that_is_left_ends_its_request(llm: LLM) -> None:
     assert llm.engine.num_running == 1
     del stream
     assert llm.engine.num_running == 0
-    assert isinstance(llm.backend, TorchBackend) and llm.backend.cache_bytes == 0
+    assert isinstance(llm.backend, CpuBackend) and llm.backend.kv_cache_used_bytes == 0
 
 
 def test_chat_reads_the_chat_format(llm: LLM) -> None:
@@ -159,6 +161,54 @@ def test_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str, sm
     backend = gemma2.load(folder, weights=weights, backend="torch", device="cpu").backend
     assert isinstance(backend, TorchBackend)
     assert backend._model.model.norm.weight.dtype == dtype
+
+
+def test_who_runs_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_has_cuda", lambda: False)
+    assert isinstance(gemma2.load(folder).backend, CpuBackend)
+    assert isinstance(gemma2.load(folder, backend="torch").backend, TorchBackend)
+    monkeypatch.setattr(api, "_has_cuda", lambda: True)
+    assert isinstance(gemma2.load(folder, device="cpu").backend, CpuBackend)
+    assert isinstance(gemma2.load(folder, weights="q8").backend, CpuBackend)
+    assert api._choose_backend("auto", weights="auto", device=None) == "torch"
+    assert api._choose_backend("auto", weights="bfloat16", device="cuda:1") == "torch"
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "q8", "q4"])
+def test_both_backends_give_nearly_the_same_logits(folder: Path, weights: str) -> None:
+    ids = [2, *range(260, 300)]
+    exact = gemma2.load(folder, backend="torch", weights="float32").logits(ids)
+    ours = gemma2.load(folder, backend="cpu", weights=weights, num_threads=2).logits(ids)
+    error = float(np.sqrt(np.mean((ours - exact) ** 2)) / exact.std())
+    assert error < {"float32": 1e-5, "bfloat16": 0.02, "q8": 0.03, "q4": 0.3}[weights]
+
+
+def test_a_folder_of_packed_weights(folder: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "q4"
+    save_packed(packed, open_checkpoint(folder), "q4", num_threads=2)
+    loaded = gemma2.load(packed)
+    assert isinstance(loaded.backend, CpuBackend) and loaded.backend.weights == "q4"
+    again = gemma2.load(folder, backend="cpu", weights="q4")
+    assert np.array_equal(loaded.logits([2, 300, 301]), again.logits([2, 300, 301]))
+    with pytest.raises(ConfigError, match="its weights are q4, and q8 cannot be made of them"):
+        gemma2.load(packed, weights="q8")
+    with pytest.raises(ConfigError, match="holds weights for the CPU engine, which torch cannot run"):
+        gemma2.load(packed, backend="torch")
+
+
+def test_a_large_model_is_quantized_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "SMALL_MODEL_PARAMETERS", 0)
+    monkeypatch.setattr("gemma2.checkpoints.packed_cache.SMALL_MODEL_PARAMETERS", 0)
+    monkeypatch.setenv("GEMMA2_CACHE", str(tmp_path / "cache"))
+    sentences: list[str] = []
+    done: list[tuple[int, int]] = []
+    first = gemma2.load(folder, backend="cpu", notify=sentences.append, progress=lambda *both: done.append(both))
+    assert isinstance(first.backend, CpuBackend) and first.backend.weights == "q4"
+    assert str(tmp_path / "cache") in sentences[0] and done[-1][0] == done[-1][1]
+    sentences.clear()
+    second = gemma2.load(folder, backend="cpu", notify=sentences.append)
+    assert not sentences
+    assert np.array_equal(first.logits([2, 300]), second.logits([2, 300]))
 
 
 @pytest.mark.parametrize("file", ["generation_config", "config"])
@@ -201,9 +251,13 @@ def test_the_bundled_model_is_the_default(folder: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"backend": "cpu"}, ConfigError, r"backend='cpu' needs the compiled CPU engine, which this version does not"),
-        ({"weights": "q8"}, ConfigError, r"weights='q8' needs the compiled CPU engine"),
-        ({"weights": "q4"}, ConfigError, r"weights='q4' needs the compiled CPU engine"),
+        ({"backend": "cpu", "device": "cuda"}, ConfigError, r"device='cuda' is one of torch's, but the CPU engine is"),
+        ({"weights": "q4", "device": "cuda"}, ConfigError, r"the CPU engine is to run the model, as weights='q4' need"),
+        ({"backend": "torch", "weights": "q8"}, ConfigError, r"weights='q8' run in the CPU engine only"),
+        ({"backend": "torch", "num_threads": 2}, ConfigError, r"num_threads and kv_cache are settings of the CPU"),
+        ({"backend": "torch", "kv_cache": "int8"}, ConfigError, r"num_threads and kv_cache are settings of the CPU"),
+        ({"backend": "cpu", "kv_cache": "int4"}, ConfigError, r"kv_cache must be one of auto, float32, bfloat16, int8"),
+        ({"backend": "cpu", "num_threads": 0}, ConfigError, r"num_threads must be a whole number from 1 to 1024"),
         ({"backend": "torchh"}, ConfigError, r"backend must be one of .* but is 'torchh'. Did you mean 'torch'\?"),
         ({"weights": "bf16"}, ConfigError, r"weights must be one of auto, float32, bfloat16, q8, q4, but is 'bf16'"),
         ({"device": "gpu"}, ConfigError, r"device must be auto, cpu, cuda or cuda:N, but is 'gpu'"),
@@ -213,7 +267,7 @@ def test_the_bundled_model_is_the_default(folder: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_arguments_that_cannot_be(
-    folder: Path, arguments: dict[str, str], error: type[Gemma2Error], message: str
+    folder: Path, arguments: dict[str, Any], error: type[Gemma2Error], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         gemma2.load(folder, **arguments)
@@ -264,7 +318,7 @@ def test_options_that_cannot_be(llm: LLM) -> None:
 def test_without_torch_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma2.api.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'gemma2\[torch\]'"):
-        gemma2.load(folder)
+        gemma2.load(folder, backend="torch")
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -273,3 +327,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_cpu_engine_runs_without_torch(folder: Path) -> None:
+    """Torch is hidden: whatever would import it fails."""
+    program = (
+        "import sys; sys.modules['torch'] = None; import gemma2; "
+        f"print(gemma2.load({str(folder)!r}).generate('the cat', max_tokens=3, ignore_eos=True).finish_reason)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "length"

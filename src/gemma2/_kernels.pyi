@@ -172,7 +172,7 @@ def matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.floa
 # The product with 4- and 8-bit weights
 
 def quantized_matmul(runtime: Runtime, x: Activations, w: Matrix, out: npt.NDArray[np.float32]) -> None:
-    """out (rows, outputs) = x · Wᵀ. x: int8; w: q4 or q8. The same bits for any threads, instruction set, other rows."""
+    """out (rows, outputs) = x · Wᵀ. x: int8; w: q4 or q8. The same bits whatever the threads, isa and other rows."""
 
 # Attention and its cache
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from gemma2.checkpoints import open_checkpoint, resolve_model
+from gemma2.checkpoints import is_packed, open_checkpoint, open_packed, packed_model, resolve_model
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, SamplingError, nearest_name
 from gemma2.generation import Completion, Engine, Prompt
@@ -164,56 +165,139 @@ def load(
     weights: str = "auto",
     device: str | None = None,
     revision: str | None = None,
+    num_threads: int | None = None,
+    kv_cache: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    notify: Callable[[str], None] = lambda sentence: None,
 ) -> LLM:
     """Loads a model.
 
     Args:
-        model: a folder with config.json, safetensors and a tokenizer; or the name of a model on the Hugging Face Hub
-            that `gemma2 pull` has fetched; None for the bundled model.
-        backend: "torch", or "auto" for the best there is. The engine "cpu" is not part of this version.
-        weights: "float32", "bfloat16", or "auto": what the files hold, but float32 for a model of under 20 million
-            parameters. "q8" and "q4" are not part of this version.
-        device: "cpu", "cuda", "cuda:1", …; None or "auto" for a CUDA device where there is one, else the CPU.
+        model: a folder with config.json, safetensors and a tokenizer; one that `gemma2 quantize` wrote; the name of a
+            model on the Hugging Face Hub that `gemma2 pull` has fetched; None for the bundled model.
+        backend: "cpu" for the compiled engine; "torch" for PyTorch; "auto" for torch where there is a CUDA device,
+            else cpu.
+        weights: "float32", "bfloat16", "q8" or "q4" (the last two in the CPU engine only). "auto": the format of a
+            quantized folder; float32 for a model of under 20 million parameters; for others q4 in the CPU engine, and
+            what the files hold in torch. The first time that a folder is quantized, the result is kept in a cache.
+        device: "cpu", "cuda", "cuda:1", …; None or "auto" for the best there is.
         revision: branch, tag or commit, for a model from the hub.
+        num_threads: threads of the CPU engine; None for one on each physical core.
+        kv_cache: what the CPU engine keeps keys and values in: "float32", "bfloat16", "int8", or "auto": float32
+            beside float32 weights, else bfloat16.
+        progress: while weights are quantized, called with (bytes done, bytes in all).
+        notify: given a sentence before work that takes its time: that a folder is quantized, and where it is kept.
 
     Raises:
         CheckpointError: there is no such model, or its files are incomplete or damaged.
         TokenizerError: its tokenizer is missing, damaged, or does not fit the model.
         ConfigError: an argument is out of range, or asks for what this machine or this version does not have.
-        MissingDependencyError: PyTorch is not installed.
+        MissingDependencyError: PyTorch is asked for, and is not installed.
     """
     _refuse_unknown("backend", backend, BACKENDS)
     _refuse_unknown("weights", weights, WEIGHTS)
-    if backend == "cpu" or weights in ("q8", "q4"):
-        asked = f"backend={backend!r}" if backend == "cpu" else f"weights={weights!r}"
-        raise ConfigError(f"{asked} needs the compiled CPU engine, which this version does not have; leave it out")
     if model is None and revision is not None:
         raise ConfigError(f"the bundled model has no revision {revision!r}; name a model on the hub, or leave it out")
     if model is None and not BUNDLED_FOLDER.is_dir():
         raise CheckpointError(f"{BUNDLED_FOLDER}: this installation has no bundled model; name a folder or a model")
+    backend = _choose_backend(backend, weights=weights, device=device)
+    if backend == "torch" and (num_threads is not None or kv_cache != "auto"):
+        raise ConfigError("num_threads and kv_cache are settings of the CPU engine, but torch is to run the model")
     folder = BUNDLED_FOLDER if model is None else resolve_model(model, revision=revision)
-    checkpoint = open_checkpoint(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    tokenizer.check_fits(checkpoint.config)
-    stop_token_ids = _generation_stop_ids(folder, checkpoint.config)
-    if importlib.util.find_spec("torch") is None:
-        raise MissingDependencyError(
-            "running a model needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
-        )
-    from gemma2.model import TorchBackend, load_model, pack_linear_layers
-    from gemma2.model.device import choose_device
-
-    if weights == "auto":
-        is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
-        weights = "float32" if is_small else "auto"
-    loaded = load_model(checkpoint, dtype=weights, device=choose_device(device or "auto", setting="device"))
-    pack_linear_layers(loaded)  # it will only be run
+    # Reading a tokenizer takes as long as all the rest, and leaves Python free meanwhile.
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        coming_tokenizer = executor.submit(Tokenizer.from_folder, folder)
+        if backend == "torch":
+            runner = _torch_backend(folder, weights, device)
+        else:
+            runner = _cpu_backend(folder, weights, num_threads, kv_cache, progress, notify)
+        tokenizer = coming_tokenizer.result()
+    tokenizer.check_fits(runner.config)
+    stop_token_ids = _generation_stop_ids(folder, runner.config)
     return LLM(
-        TorchBackend(loaded),
+        runner,
         tokenizer,
         is_chat_tuned=tokenizer.end_of_turn_id in stop_token_ids or str(model or "").rstrip("/").endswith("-it"),
         stop_token_ids=sorted(stop_token_ids - tokenizer.stop_ids),
     )
+
+
+def _choose_backend(backend: str, *, weights: str, device: str | None) -> str:
+    """Resolves "auto", and refuses what does not go together."""
+    wants_cpu = device in (None, "auto", "cpu")
+    is_quantized = weights in ("q8", "q4")
+    if backend == "auto":
+        runs_on_cpu = is_quantized or device == "cpu" or (wants_cpu and not _has_cuda())
+        backend = "cpu" if runs_on_cpu else "torch"
+    if backend == "cpu" and not wants_cpu:
+        raise ConfigError(
+            f"device={device!r} is one of torch's, but the CPU engine is to run the model"
+            + (f", as weights={weights!r} need it" if is_quantized else "")
+            + "; leave the device out, or let torch run bfloat16 weights"
+        )
+    if backend == "torch" and is_quantized:
+        raise ConfigError(f"weights={weights!r} run in the CPU engine only; torch takes float32 and bfloat16")
+    return backend
+
+
+def _has_cuda() -> bool:
+    # Asking torch itself would load it, which takes seconds; most machines without a GPU have no driver either.
+    if importlib.util.find_spec("torch") is None or not Path("/dev/nvidiactl").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cpu_backend(
+    folder: Path,
+    weights: str,
+    num_threads: int | None,
+    kv_cache: str,
+    progress: Callable[[int, int], None] | None,
+    notify: Callable[[str], None],
+) -> Backend:
+    from gemma2.cpu import CpuBackend, resolve_num_threads
+
+    num_threads = resolve_num_threads(num_threads)
+    if is_packed(folder):
+        file = open_packed(folder)
+        if weights not in ("auto", file.format):
+            raise ConfigError(
+                f"{folder}: its weights are {file.format}, and {weights} cannot be made of them; leave weights out, or "
+                "quantize the original model"
+            )
+        packed = file.load(num_threads=num_threads)
+    else:
+        checkpoint = open_checkpoint(folder)
+        if weights == "auto":
+            weights = "float32" if _is_small(checkpoint.config) else "q4"
+        packed = packed_model(checkpoint, weights, num_threads=num_threads, progress=progress, notify=notify)
+    return CpuBackend(packed, num_threads=num_threads, kv_cache=kv_cache)
+
+
+def _torch_backend(folder: Path, weights: str, device: str | None) -> Backend:
+    if is_packed(folder):
+        raise ConfigError(
+            f"{folder}: holds weights for the CPU engine, which torch cannot run; name the original model"
+        )
+    checkpoint = open_checkpoint(folder)
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependencyError(
+            "the torch backend needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
+        )
+    from gemma2.model import TorchBackend, load_model, pack_linear_layers
+    from gemma2.model.device import choose_device
+
+    if weights == "auto" and _is_small(checkpoint.config):
+        weights = "float32"
+    loaded = load_model(checkpoint, dtype=weights, device=choose_device(device or "auto", setting="device"))
+    pack_linear_layers(loaded)  # it will only be run
+    return TorchBackend(loaded)
+
+
+def _is_small(config: Gemma2Config) -> bool:
+    return config.count_parameters().total < SMALL_MODEL_PARAMETERS
 
 
 def _generation_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:

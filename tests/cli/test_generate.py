@@ -19,6 +19,7 @@ import gemma2.api
 from gemma2.cli import model_options
 from gemma2.cli.main import main
 from gemma2.cli.sampling_options import DEFAULTS, SAMPLING_OPTIONS, read_escapes
+from gemma2.cpu import KV_CACHE_DTYPES
 from gemma2.errors import CheckpointError
 from gemma2.sampling import SamplingParams
 
@@ -233,13 +234,14 @@ def test_every_option_arrives(install: Install, monkeypatch: pytest.MonkeyPatch)
         ignore_eos=True,
         logprobs=0,
     )
-    assert calls == [{"model": "folder", "backend": "torch", "weights": "bfloat16", "device": "cuda:1"}]
+    asked = {"model": "folder", "backend": "torch", "weights": "bfloat16", "device": "cuda:1"}
+    assert calls[0].items() >= {**asked, "num_threads": None, "kv_cache": "auto"}.items()
 
     assert main(["generate", "x", "--seed", "1"]) == 0
     assert seen[-1] == SamplingParams(**DEFAULTS, seed=1, max_tokens=200)
     assert main(["generate", "x", "--seed", "1", "--max-tokens", "none", "--top-k", "none"]) == 0
     assert seen[-1] == SamplingParams(**DEFAULTS, seed=1)
-    assert calls[-1] == {"model": None, "backend": "auto", "weights": "auto", "device": None}
+    assert calls[-1].items() >= {"model": None, "backend": "auto", "weights": "auto", "device": None}.items()
 
 
 def test_the_default_of_max_tokens_gives_way_to_the_context(
@@ -260,6 +262,7 @@ def test_there_is_an_option_for_every_field_and_choice() -> None:
     assert list(SAMPLING_OPTIONS) == list(SamplingParams.__dataclass_fields__)
     assert model_options.BACKENDS == gemma2.api.BACKENDS
     assert model_options.WEIGHTS == gemma2.api.WEIGHTS
+    assert model_options.KV_CACHES == KV_CACHE_DTYPES
 
 
 def test_escapes() -> None:

@@ -181,7 +181,7 @@ def test_what_it_says_of_itself() -> None:
     ("options", "message"),
     [
         ({"kv_cache": "float16"}, "kv_cache must be one of auto, float32, bfloat16, int8, but is 'float16'"),
-        ({"num_threads": 0}, "num_threads must be from 1 to 1024, but is 0"),
+        ({"num_threads": 0}, "num_threads must be a whole number from 1 to 1024, but is 0"),
         ({"isa": "sse"}, "instruction set .* but is 'sse'"),
     ],
 )

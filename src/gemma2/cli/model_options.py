@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import TYPE_CHECKING, Final
 
 from gemma2.cli.streaming import DIM, is_terminal, paint
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 BACKENDS: Final = ("auto", "cpu", "torch")
 WEIGHTS: Final = ("auto", "float32", "bfloat16", "q8", "q4")
+KV_CACHES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +25,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes (default: %(default)s)")
     group.add_argument("--weights", choices=WEIGHTS, default="auto", help="how weights are kept (default: %(default)s)")
+    group.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="how the CPU engine keeps keys and values")
+    group.add_argument("--threads", type=int, metavar="N", help="of the CPU engine (default: one for each core)")
     group.add_argument("--device", help="such as cpu, cuda or cuda:1, for torch (default: the best there is)")
 
 
 def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
-    """Loads the model that the options name; whoever watches the terminal is told to wait.
+    """Loads the model that the options name; whoever watches the terminal is told to wait, and for what.
 
     Args:
         args: the options.
@@ -38,14 +42,52 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
     """
     from gemma2.api import load
 
-    notice = "loading the model …"
-    is_shown = is_terminal(sys.stderr) and not quiet
-    if is_shown:
-        sys.stderr.write(paint(notice, DIM, sys.stderr))
-        sys.stderr.flush()
-    try:
-        return load(args.model, backend=args.backend, weights=args.weights, device=args.device)
-    finally:
-        if is_shown:
-            sys.stderr.write(f"\r{' ' * len(notice)}\r")
+    waiting = _Waiting(is_shown=is_terminal(sys.stderr) and not quiet)
+    with waiting:
+        return load(
+            args.model,
+            backend=args.backend,
+            weights=args.weights,
+            device=args.device,
+            num_threads=args.threads,
+            kv_cache=args.kv_cache,
+            progress=waiting.show_progress,
+            notify=waiting.show_sentence if not quiet else lambda sentence: None,
+        )
+
+
+class _Waiting:
+    """One line on the terminal that says what is waited for, and is gone afterwards."""
+
+    def __init__(self, *, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._started: float | None = None
+        self._length = 0
+
+    def __enter__(self) -> None:
+        self._write("loading the model …")
+
+    def __exit__(self, *exception: object) -> None:
+        self._write("")
+
+    def show_sentence(self, sentence: str) -> None:
+        """Prints a sentence that stays."""
+        self._write("")
+        print(sentence, file=sys.stderr)
+
+    def show_progress(self, done: int, total: int) -> None:
+        """Shows how far the rounding of weights is: share, rate and time left."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+        rate = done / max(now - self._started, 1e-3)
+        left = (total - done) / rate if rate else 0.0
+        self._write(f"quantizing {done / total:4.0%}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left")
+
+    def _write(self, text: str) -> None:
+        if self._is_shown:
+            sys.stderr.write("\r" + paint(text, DIM, sys.stderr) + " " * (self._length - len(text)))
+            if not text:
+                sys.stderr.write("\r")
             sys.stderr.flush()
+            self._length = len(text)

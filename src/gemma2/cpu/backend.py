@@ -12,7 +12,7 @@ from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
 from gemma2.cpu.kv_blocks import KVBlocks
 from gemma2.cpu.model import HEAD_CANDIDATES, MAX_ROWS, CpuModel
-from gemma2.cpu.threads import default_num_threads
+from gemma2.cpu.threads import resolve_num_threads
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.quantization import PackedModel
 from gemma2.step import Logits, SequenceStep, StepBatch
@@ -59,8 +59,8 @@ class CpuBackend:
         if kv_cache == "auto":
             kv_cache = "float32" if packed.format == "float32" else "bfloat16"
         try:
-            runtime = kernels.Runtime(default_num_threads() if num_threads is None else num_threads, isa)
-        except (ValueError, TypeError) as error:
+            runtime = kernels.Runtime(resolve_num_threads(num_threads), isa)
+        except ValueError as error:
             raise ConfigError(str(error)) from None
         self._model = CpuModel(packed, runtime, head_candidates=head_candidates)
         self._cache = KVBlocks(

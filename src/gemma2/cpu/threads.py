@@ -10,6 +10,22 @@ from gemma2.errors import ConfigError
 VARIABLE = "GEMMA2_NUM_THREADS"
 
 
+MAX_THREADS = 1024
+
+
+def resolve_num_threads(num_threads: int | None) -> int:
+    """Returns the number asked for, or `default_num_threads()` for None.
+
+    Raises:
+        ConfigError: it is not a whole number from 1 to 1024.
+    """
+    if num_threads is None:
+        return default_num_threads()
+    if not isinstance(num_threads, int) or isinstance(num_threads, bool) or not 1 <= num_threads <= MAX_THREADS:
+        raise ConfigError(f"num_threads must be a whole number from 1 to {MAX_THREADS}, but is {num_threads!r}")
+    return num_threads
+
+
 def default_num_threads() -> int:
     """One thread for each physical core that this process may use; or what GEMMA2_NUM_THREADS says.
 
