@@ -3,6 +3,7 @@
 // All accumulators stay in registers: per row and vector one of int32 for the group at hand and one of float32 for the
 // sum over the groups. Weights come from a source, which unpacks them on the way or has them unpacked already:
 //
+//   void prefetch(group)                                            asks for what is read some groups later
 //   void weights(group, step, v, Weights& first, Weights& second)   inputs 8·step … + 3 and 8·step + 4 … + 7
 //   F32x16 scales(group, v)
 #pragma once
@@ -16,6 +17,17 @@ namespace gemma2::GEMMA2_ISA {
 
 constexpr int kStepsPerGroup = 8;  // a step is 8 inputs: what 64 bytes of nibbles hold for 16 outputs
 constexpr int kWeightsBytes = 64;  // of a `Weights` in memory
+
+// Hardware prefetchers end at a page and start anew in the next: alone they leave half of the bandwidth unused. Twice
+// what arrives within a memory latency of 150 ns at 30 GB/s a thread, into the second-level cache.
+constexpr int64_t kPrefetchBytes = 8192;
+
+// always_inline: GCC takes a function that does nothing but prefetch for one without effect, and drops the call.
+template <class Block>
+[[gnu::always_inline]] inline void prefetch_ahead(const Block* block) {
+  const char* p = reinterpret_cast<const char*>(block) + kPrefetchBytes;
+  for (size_t i = 0; i < sizeof(Block); i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 
 struct Q4 {
   using Block = Q4Block;
@@ -36,6 +48,10 @@ template <class Format>
 struct PackedTile {
   const typename Format::Block* blocks;
   int half;
+  bool from_memory;  // read for the first time
+  [[gnu::always_inline]] void prefetch(int64_t group) const {
+    if (from_memory) prefetch_ahead(blocks + group);
+  }
   void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
     Format::unpack(blocks[group], half + v, step, first, second);
   }
@@ -61,6 +77,7 @@ struct UnpackedTile {
     first = load_weights(at(group, step, half + v));
     second = load_weights(at(group, step, half + v) + 2 * kWeightsBytes);
   }
+  void prefetch(int64_t) const {}
   F32x16 scales(int64_t group, int v) const {
     return F32x16::load(factors + group * kTile + (half + v) * kLanesPerHalf);
   }
@@ -68,6 +85,7 @@ struct UnpackedTile {
   template <class Format>
   void unpack(const typename Format::Block* blocks, int64_t num_groups) {
     for (int64_t group = 0; group < num_groups; ++group) {
+      prefetch_ahead(blocks + group);
       for (int half = 0; half < 2; ++half) {
         for (int step = 0; step < kStepsPerGroup; ++step) {
           Weights first, second;
@@ -103,6 +121,7 @@ template <int num_rows, int num_vectors, class Source>
     if (next >= 0 && next < num_rows) {
       for (int v = 0; v < num_vectors; ++v) __builtin_prefetch(out + next * stride + v * kLanesPerHalf, 1);
     }
+    source.prefetch(group);
     I32x16 dots[num_rows][num_vectors];
 #pragma GCC unroll kUnroll
     for (int r = 0; r < num_rows; ++r) {

@@ -69,12 +69,12 @@ void multiply_packed(const Product& p, int64_t tile) {
   static constexpr auto ones = for_rows<kMaxRowsOfOne, 1, Source>();
   const auto* blocks = p.blocks<Format>(tile);
   if (p.x.rows <= kMaxRowsOfPair) {
-    pairs[p.x.rows - 1](p.x, 0, {blocks, 0}, p.at(0, tile, 0), p.w.outputs, p.outputs_from(tile, 0));
+    pairs[p.x.rows - 1](p.x, 0, {blocks, 0, true}, p.at(0, tile, 0), p.w.outputs, p.outputs_from(tile, 0));
     return;
   }
   for_blocks(0, p.x.rows, kMaxRowsOfOne, [&](int64_t row, int64_t n) {
     for (int half = 0; half < 2; ++half) {
-      ones[n - 1](p.x, row, {blocks, half}, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
+      ones[n - 1](p.x, row, {blocks, half, row == 0 && half == 0}, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
     }
   });
 }
