@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from gemma2.checkpoints.layout import PACKED_SUFFIX
+from gemma2.checkpoints.layout import PACKED_SUFFIX, TOKENIZER_FILES
 from gemma2.checkpoints.packing import as_tensors
 from gemma2.checkpoints.safetensors_format import (
     TensorEntry,
@@ -44,7 +44,7 @@ from gemma2.checkpoints.safetensors_format import (
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, ConfigError
 from gemma2.quantization import PACKED_FORMATS, SECOND_PLANE, PackedModel, packed_shapes
-from gemma2.quantization.packing import ALIGNMENT, layout_of, packed_sizes
+from gemma2.quantization.packing import ALIGNMENT, EMBEDDING, layout_of, packed_sizes
 
 FORMAT_VERSION: Final = 1
 
@@ -203,8 +203,30 @@ class PackedFile:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file."""
-        return len(self._mapping)
+        """Size of all tensors, in bytes."""
+        return sum(entry.end - entry.start for entry in self.entries.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor → (outputs, inputs) or (width,), in the order of use."""
+        shapes = packed_shapes(self.config)
+        names = packed_sizes(self.config, self.format, second_plane=self.has_second_plane)
+        return {name: shapes[EMBEDDING if name == SECOND_PLANE else name] for name in names}
+
+    @property
+    def folder(self) -> Path:
+        """Where the file lies."""
+        return self.file.parent
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors: one."""
+        return (self.file,)
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """The tokenizer's files that lie beside the weights."""
+        return tuple(path for name in TOKENIZER_FILES if (path := self.folder / name).is_file())
 
     def load(self, *, num_threads: int) -> PackedModel:
         """Compares every byte with its checksum and returns the weights as views of the mapped file.

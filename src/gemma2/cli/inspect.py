@@ -19,7 +19,7 @@ from gemma2.errors import TokenizerError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gemma2.checkpoints import Checkpoint
+    from gemma2.checkpoints import Checkpoint, PackedFile
     from gemma2.text import Tokenizer
 
 REPORT_ROWS = 256_128
@@ -47,7 +47,7 @@ class Subject:
     name: str
     config: Gemma2Config
     shapes: Mapping[str, tuple[int, ...]]
-    checkpoint: Checkpoint | None
+    stored: Checkpoint | PackedFile | None
     tokenizer: Tokenizer | None
     tokenizer_problem: str
     """Why a model with files has no tokenizer; empty if it has one, or has no files."""
@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
     _print_layers(console, subject.config)
     _print_facts(console, subject.config)
     _print_parameters(console, subject)
-    if subject.checkpoint is not None:
-        _print_files(console, subject.checkpoint)
+    if subject.stored is not None:
+        _print_files(console, subject, subject.stored)
         _print_tokenizer(console, subject)
     return 0
 
 
 def _find_subject(name: str | None) -> Subject:
-    from gemma2.checkpoints import expected_tensors, open_checkpoint
+    from gemma2.checkpoints import expected_tensors, is_packed, open_checkpoint, open_packed
     from gemma2.cli.source import find_folder
 
     if name is not None and name in PRESETS:
@@ -83,18 +83,18 @@ def _find_subject(name: str | None) -> Subject:
             name=f"Gemma 2 {name.upper()}",
             config=config,
             shapes=expected_tensors(config),
-            checkpoint=None,
+            stored=None,
             tokenizer=None,
             tokenizer_problem="",
         )
     folder = find_folder(name)
-    checkpoint = open_checkpoint(folder)
-    tokenizer, problem = _open_tokenizer(folder, checkpoint.config)
+    stored = open_packed(folder) if is_packed(folder) else open_checkpoint(folder)
+    tokenizer, problem = _open_tokenizer(folder, stored.config)
     return Subject(
         name=str(folder),
-        config=checkpoint.config,
-        shapes={tensor.name: tensor.shape for tensor in checkpoint.tensors.values()},
-        checkpoint=checkpoint,
+        config=stored.config,
+        shapes=expected_tensors(stored.config),
+        stored=stored,
         tokenizer=tokenizer,
         tokenizer_problem=problem,
     )
@@ -140,11 +140,12 @@ def describe(subject: Subject, *, with_tensors: bool) -> dict[str, Any]:
             "non_embedding": report.non_embedding,
             "total": report.total,
         }
-    checkpoint, tokenizer = subject.checkpoint, subject.tokenizer
-    if checkpoint is not None:
-        values["files"] = [{"name": path.name, "bytes": path.stat().st_size} for path in _files(checkpoint)]
-        values["dtypes"] = dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values()))
-        values["tensor_bytes"] = checkpoint.num_bytes
+    stored, tokenizer = subject.stored, subject.tokenizer
+    if stored is not None:
+        values["files"] = [{"name": path.name, "bytes": path.stat().st_size} for path in _files(stored)]
+        values["dtypes"] = dict(Counter(dtype for _, dtype in _tensors(subject).values()))
+        values["tensor_bytes"] = stored.num_bytes
+        values["packed"] = _packed_values(stored)
         values["tokenizer"] = None
         if tokenizer is not None:
             values["tokenizer"] = {
@@ -160,10 +161,30 @@ def describe(subject: Subject, *, with_tensors: bool) -> dict[str, Any]:
             values["tokenizer_problem"] = subject.tokenizer_problem
     if with_tensors:
         values["tensors"] = [
-            {"name": name, "shape": list(shape), "dtype": checkpoint.tensors[name].dtype if checkpoint else None}
-            for name, shape in subject.shapes.items()
+            {"name": name, "shape": list(shape), "dtype": dtype or None}
+            for name, (shape, dtype) in _tensors(subject).items()
         ]
     return values
+
+
+def _packed_values(stored: Checkpoint | PackedFile) -> dict[str, Any] | None:
+    from gemma2.checkpoints import PackedFile
+
+    if not isinstance(stored, PackedFile):
+        return None
+    return {"format": stored.format, "second_plane": stored.has_second_plane}
+
+
+def _tensors(subject: Subject) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and dtype of each tensor as it is stored; a format where it is packed, nothing where no file is."""
+    from gemma2.checkpoints import PackedFile
+
+    stored = subject.stored
+    if stored is None:
+        return {name: (shape, "") for name, shape in subject.shapes.items()}
+    if isinstance(stored, PackedFile):
+        return {name: (shape, stored.format if len(shape) == 2 else "F32") for name, shape in stored.shapes.items()}
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in stored.tensors.items()}
 
 
 # -- for people -----------------------------------------------------------------------------------------------------
@@ -259,15 +280,24 @@ def _print_parameters(console: Console, subject: Subject) -> None:
         )
 
 
-def _print_files(console: Console, checkpoint: Checkpoint) -> None:
-    heading(console, f"Files in {checkpoint.folder}")
+def _print_files(console: Console, subject: Subject, stored: Checkpoint | PackedFile) -> None:
+    from gemma2.checkpoints import PackedFile
+
+    heading(console, f"Files in {stored.folder}")
     table = make_table(console, "file", "holds", "size", left=2)
-    for path in _files(checkpoint):
-        tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.file == path]
-        dtypes = Counter(tensor.dtype for tensor in tensors)
+    tensors = _tensors(subject)
+    for path in _files(stored):
+        if isinstance(stored, PackedFile):
+            dtypes = Counter(dtype for _, dtype in tensors.values() if path == stored.file)
+        else:
+            dtypes = Counter(tensor.dtype for tensor in stored.tensors.values() if tensor.file == path)
         holds = ", ".join(f"{number} tensors in {dtype}" for dtype, number in dtypes.items())
         table.add_row(path.name, holds, format_bytes(path.stat().st_size))
     console.print(table)
+    if isinstance(stored, PackedFile):
+        planes = ", the embedding in two planes of 4 bits" if stored.has_second_plane else ""
+        bits = 8 * stored.num_bytes / stored.config.count_parameters().total
+        console.print(f"Packed for the CPU engine: {stored.format}{planes}, {bits:.2f} bits per weight in all")
 
 
 def _print_tokenizer(console: Console, subject: Subject) -> None:
@@ -290,15 +320,14 @@ def _print_tokenizer(console: Console, subject: Subject) -> None:
 
 def _print_tensors(console: Console, subject: Subject) -> None:
     table = make_table(console, "tensor", "shape", "dtype", left=3)
-    for name, shape in subject.shapes.items():
-        dtype = subject.checkpoint.tensors[name].dtype if subject.checkpoint is not None else ""
+    for name, (shape, dtype) in _tensors(subject).items():
         table.add_row(name, " × ".join(map(str, shape)), dtype)
     console.print(table)
 
 
-def _files(checkpoint: Checkpoint) -> list[Path]:
+def _files(stored: Checkpoint | PackedFile) -> list[Path]:
     """The model's files: config, weights, tokenizer, and what else explains it."""
     others = ("config.json", "generation_config.json", "model.safetensors.index.json", "MODEL_CARD.md", "README.md")
-    named = [checkpoint.folder / name for name in others]
+    named = [stored.folder / name for name in others]
     files = [path for path in named if path.is_file()]
-    return list(dict.fromkeys([*checkpoint.files, *files, *checkpoint.tokenizer_files]))
+    return list(dict.fromkeys([*stored.files, *files, *stored.tokenizer_files]))

@@ -28,6 +28,7 @@ VERBS: Final = {
     "plan": "say how much memory running or training takes, and whether it fits this machine",
     "bench": "measure how fast this machine runs a model, beside what it can do",
     "pull": "download a model from the Hugging Face Hub",
+    "quantize": "round a model's weights to 8 or 4 bits, into a folder that loads at once",
     "pretrain": "train a model from scratch, from a file of settings",
 }
 """Each verb and its line in --help."""

@@ -1,0 +1,220 @@
+"""`gemma2 quantize`: round a model's weights, into a folder that loads at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gemma2.cli.source import find_folder
+from gemma2.cli.terminal import format_bytes, make_console, make_table
+from gemma2.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gemma2.checkpoints import Checkpoint
+    from gemma2.config import Gemma2Config
+    from gemma2.quantization.packing import RoundingError
+
+FORMATS: Final = ("q4", "q8", "bfloat16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("source", metavar="SRC", help="a model's folder, or its name on the Hub if it was pulled")
+    parser.add_argument(
+        "destination",
+        metavar="DST",
+        type=Path,
+        help="the folder to write; must be new or empty, or hold packed weights, which are then replaced",
+    )
+    parser.add_argument("--format", choices=FORMATS, default="q4", help="of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--one-plane",
+        action="store_true",
+        help="keep the embedding of q4 in 4 bits alone, without the second 4 bits that make the head as exact as q8",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: one for each core)")
+    parser.add_argument("--json", action="store_true", help="write one JSON object, for programs")
+    parser.epilog = (
+        "DST is then a model for every verb and for gemma2.load. Stopped half-way, it leaves nothing behind, and\n"
+        "begins from the start the next time."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of the tensors of one kind, in all layers together."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    """Tensors of this kind."""
+    before_bytes: int
+    after_bytes: int
+    output_error: float | None
+    """Root mean square error of the outputs, relative to theirs, for random inputs; None for norms, which are exact."""
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all of them."""
+        return math.prod(self.shape) * self.count
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all of them, padding included."""
+        return 8 * self.after_bytes / self.num_weights
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantizes, and prints what became of the weights."""
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"--threads must be at least 1, but is {args.threads}")
+    if args.one_plane and args.format != "q4":
+        raise ConfigError(f"--one-plane is for q4, whose embedding has two; leave it out with --format {args.format}")
+    from gemma2.checkpoints import open_checkpoint, save_packed
+    from gemma2.cpu.threads import default_num_threads
+
+    checkpoint = open_checkpoint(find_folder(args.source))
+    started = time.perf_counter()
+    with _progress(f"{args.source} → {args.format}") as progress:
+        errors = save_packed(
+            args.destination,
+            checkpoint,
+            args.format,
+            num_threads=args.threads or default_num_threads(),
+            second_plane=False if args.one_plane else None,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - started
+    rows = summarize(checkpoint, args.format, errors)
+    if args.json:
+        print(json.dumps(_describe(args, rows, seconds), indent=2, ensure_ascii=False))
+    else:
+        _print(args, rows, seconds)
+    return 0
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on standard error; one line where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    if not console.is_terminal:
+        print(f"{what} …", file=sys.stderr, flush=True)
+        yield lambda done, total: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def summarize(checkpoint: Checkpoint, weight_format: str, errors: Mapping[str, RoundingError]) -> list[Row]:
+    """Adds up tensors of the same kind over the layers, in the order of use.
+
+    Args:
+        checkpoint: the model that was packed.
+        weight_format: what into.
+        errors: what `save_packed` returned.
+    """
+    from gemma2.quantization import SECOND_PLANE, packed_shapes
+    from gemma2.quantization.packing import EMBEDDING, RoundingError, packed_parts, packed_sizes
+
+    config: Gemma2Config = checkpoint.config
+    sizes = packed_sizes(config, weight_format, second_plane=SECOND_PLANE in errors)
+    kinds: dict[str, list[str]] = {}
+    for name in packed_shapes(config):
+        kinds.setdefault(_kind(name), []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        shape = packed_shapes(config)[names[0]]
+        after = sum(sizes[name] for name in names)
+        error = sum((errors[name] for name in names), RoundingError())
+        if names == [EMBEDDING] and SECOND_PLANE in errors:
+            after += sizes[SECOND_PLANE]
+            error = errors[SECOND_PLANE]
+        rows.append(
+            Row(
+                name=kind,
+                shape=shape,
+                count=len(names),
+                before_bytes=sum(
+                    checkpoint.tensors[part].num_bytes for name in names for part in packed_parts(config)[name]
+                ),
+                after_bytes=after,
+                output_error=error.relative if len(shape) == 2 else None,
+            )
+        )
+    return rows
+
+
+def _kind(name: str) -> str:
+    """ "model.layers.3.mlp.down_proj.weight" is of the kind "down_proj"; all norms are one kind."""
+    module = re.sub(r"\.weight$", "", name).rpartition(".")[2]
+    return "norms" if module.endswith("norm") else module
+
+
+def _describe(args: argparse.Namespace, rows: list[Row], seconds: float) -> dict[str, object]:
+    return {
+        "folder": str(args.destination),
+        "format": args.format,
+        "seconds": seconds,
+        "before_bytes": sum(row.before_bytes for row in rows),
+        "after_bytes": sum(row.after_bytes for row in rows),
+        "tensors": [{**asdict(row), "bits_per_weight": row.bits_per_weight} for row in rows],
+    }
+
+
+def _print(args: argparse.Namespace, rows: list[Row], seconds: float) -> None:
+    console = make_console()
+    table = make_table(console, "tensor", "shape", "before", "after", "bits per weight", "output error", left=1)
+    for row in rows:
+        shape = " × ".join(f"{length:,}" for length in row.shape)
+        error = "" if row.output_error is None else f"{100 * row.output_error:.2f}%"
+        table.add_row(
+            row.name,
+            f"{row.count} of {shape}" if row.count > 1 else shape,
+            format_bytes(row.before_bytes),
+            format_bytes(row.after_bytes),
+            f"{row.bits_per_weight:.2f}",
+            error,
+        )
+    before, after = sum(row.before_bytes for row in rows), sum(row.after_bytes for row in rows)
+    table.add_section()
+    table.add_row(
+        "total",
+        "",
+        format_bytes(before),
+        format_bytes(after),
+        f"{8 * after / sum(row.num_weights for row in rows):.2f}",
+    )
+    console.print(table)
+    console.print("Output error: root mean square, relative to the outputs, for random inputs.", style="dim")
+    if args.format == "q4" and not args.one_plane:
+        console.print(
+            "The embedding, which is the head, lies in two planes of 4 bits: all words are ranked by the first, the "
+            "best by both.",
+            style="dim",
+        )
+    rate = sum(row.num_weights for row in rows) / seconds / 1e6
+    console.print(f"{args.destination}: written in {seconds:.1f} s, {rate:,.0f} million weights a second.")
+    console.print(f"Run it: gemma2 generate --model {args.destination} --backend cpu")

@@ -1,0 +1,192 @@
+"""`gemma2 quantize`: a folder in, a packed folder out, and what became of the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_terminal import Terminal
+
+from gemma2.api import BUNDLED_FOLDER
+from gemma2.checkpoints import expected_tensors, open_packed, save_checkpoint
+from gemma2.cli.main import EXIT_FAILED, main
+from gemma2.config import Gemma2Config
+
+SMALL = Gemma2Config(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    query_pre_attn_scalar=32,
+    vocab_size=320,
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small model in bfloat16, without a tokenizer."""
+    random = np.random.default_rng(0)
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in expected_tensors(SMALL).items()}
+    return save_checkpoint(tmp_path / "source", SMALL, tensors.items(), dtype="bfloat16")
+
+
+def quantize(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["quantize", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["quantize", *map(str, arguments)]) == EXIT_FAILED
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+
+
+def test_q4_of_the_bundled_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = quantize(capsys, BUNDLED_FOLDER, tmp_path / "new")
+    table = rows(text)
+    assert list(table)[:8] == [
+        "tensor",
+        "embed_tokens",
+        "norms",
+        "qkv_proj",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+        "total",
+    ]
+    assert "8 of 1,792 × 256" in text
+    assert table["embed_tokens"][-2] == "8.50" and table["o_proj"][-2] == "4.25" and table["total"][-1] == "5.25"
+    for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+        assert 7.5 < float(table[name][-1].rstrip("%")) < 8.5
+    assert float(table["embed_tokens"][-1].rstrip("%")) < 0.7
+    packed = open_packed(tmp_path / "new")
+    assert packed.format == "q4" and packed.has_second_plane
+    assert {path.name for path in packed.tokenizer_files} >= {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "bits", "least", "most"),
+    [("q8", 8.25, 0.004, 0.008), ("bfloat16", 16, 0, 0), ("float32", 32, 0, 0), ("q4", 4.25, 0.07, 0.09)],
+)
+def test_the_formats_for_programs(
+    capsys: pytest.CaptureFixture[str],
+    source: Path,
+    tmp_path: Path,
+    weight_format: str,
+    bits: float,
+    least: float,
+    most: float,
+) -> None:
+    options = ["--one-plane"] if weight_format == "q4" else []
+    text = quantize(capsys, source, tmp_path / "new", "--format", weight_format, "--json", "--threads", "2", *options)
+    values: dict[str, Any] = json.loads(text)
+    tensors = {tensor["name"]: tensor for tensor in values["tensors"]}
+    assert values["format"] == weight_format
+    assert values["before_bytes"] == SMALL.count_parameters().total * 2
+    assert values["after_bytes"] == sum(tensor["after_bytes"] for tensor in tensors.values())
+    assert tensors["norms"]["count"] == 13 and tensors["norms"]["output_error"] is None
+    for name in ("embed_tokens", "qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+        assert tensors[name]["bits_per_weight"] == bits
+        assert least <= tensors[name]["output_error"] <= most
+    assert open_packed(tmp_path / "new").format == weight_format
+
+
+def test_inspect_shows_the_format(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    quantize(capsys, source, tmp_path / "new")
+    assert main(["inspect", str(tmp_path / "new")]) == 0
+    text = capsys.readouterr().out
+    assert "Packed for the CPU engine: q4, the embedding in two planes of 4 bits" in text
+    assert rows(text)["model-q4.gemma2.safetensors"][1:7] == ["14", "tensors", "in", "q4,", "13", "tensors"]
+    assert main(["inspect", str(tmp_path / "new"), "--json", "--tensors"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["packed"] == {"format": "q4", "second_plane": True}
+    assert values["dtypes"] == {"q4": 14, "F32": 13}
+    tensors = {tensor["name"]: tensor for tensor in values["tensors"]}
+    assert tensors["model.layers.2.mlp.gate_up_proj.weight"]["shape"] == [256, 64]
+    assert main(["inspect", str(source), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["packed"] is None
+
+
+def test_a_packed_folder_is_replaced_and_no_other(
+    capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path
+) -> None:
+    quantize(capsys, source, tmp_path / "new")
+    quantize(capsys, source, tmp_path / "new", "--format", "q8")
+    assert open_packed(tmp_path / "new").format == "q8"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert "is not empty (it has thesis.txt)" in refusal(capsys, source, tmp_path / "mine")
+    assert "is not empty" in refusal(capsys, source, source)
+
+
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], source: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    assert "use the model that they were made from" in refusal(capsys, packed_from(capsys, source, tmp_path), new)
+    assert "there is no such folder" in refusal(capsys, tmp_path / "missing/", new)
+    assert "--threads must be at least 1" in refusal(capsys, source, new, "--threads", "0")
+    assert "--one-plane is for q4" in refusal(capsys, source, new, "--format", "q8", "--one-plane")
+    (tmp_path / "file").touch()
+    assert "is a file" in refusal(capsys, source, tmp_path / "file")
+    with pytest.raises(SystemExit):
+        main(["quantize", str(source), str(new), "--format", "q5"])
+    assert "invalid choice: 'q5'" in capsys.readouterr().err
+    assert not new.exists()
+
+
+def packed_from(capsys: pytest.CaptureFixture[str], source: Path, folder: Path) -> Path:
+    quantize(capsys, source, folder / "packed")
+    return folder / "packed"
+
+
+def test_weights_that_are_not_finite_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in expected_tensors(SMALL).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 6] = np.nan
+    save_checkpoint(tmp_path / "source", SMALL, tensors.items())
+    message = refusal(capsys, tmp_path / "source", tmp_path / "new")
+    assert "model.layers.1.mlp.up_proj.weight holds nan in row 5, column 6" in message.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from gemma2.cli.main import main\ntry: main(['quantize', '--help'])\nexcept SystemExit: pass\n"
+    code += (
+        "assert not {'numpy', 'rich', 'torch', 'gemma2._kernels', 'gemma2.checkpoints'} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_terminal_sees_a_bar_and_can_stop(source: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED_FOLDER, model)
+    with Terminal("quantize", str(model), "new", "--format", "q4", fake_model={}, folder=tmp_path) as terminal:
+        terminal.wait_for("→ q4")
+        assert terminal.wait_for_end() == 0
+        assert b"left" in terminal.raw
+    assert open_packed(tmp_path / "new").format == "q4"
+    code = (
+        "import os, signal, sys; import gemma2.quantization.packing as packing; from gemma2.cli.main import main\n"
+        "original = packing.Packer.pack\n"
+        "def pack(self, rows, out):\n"
+        "    if rows.shape[0] == 1792: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(self, rows, out)\n"
+        "packing.Packer.pack = pack\n"
+        f"sys.exit(main(['quantize', {str(model)!r}, {str(tmp_path / 'stopped')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": "src"})
+    assert done.returncode == 130, done.stderr
+    assert not (tmp_path / "stopped").exists()
