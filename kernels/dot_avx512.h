@@ -15,6 +15,7 @@ constexpr int kUnpackedVectors = 2;
 constexpr int kMaxRowsUnpacked = 7;
 constexpr int kMinRowsToUnpack = 128;
 constexpr int kUnroll = 16;
+constexpr int kUnrollSteps = 8;
 
 struct Weights {
   __m512i v;
@@ -33,10 +34,13 @@ inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
   low = {_mm512_permutexvar_epi8(codes, table)};
   high = {_mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 4), table)};
 }
+using UnpackedWeights = Weights;
 inline void store_weights(int8_t* p, const Weights& w) { _mm512_store_si512(p, w.v); }
-inline Weights load_weights(const int8_t* p) { return {_mm512_load_si512(p)}; }
+inline UnpackedWeights load_unpacked(const int8_t* p) { return {_mm512_load_si512(p)}; }
+inline void add_correction(I32x16&, const Weights&) {}
 
 inline I32x16 dot_start(int32_t sum) { return I32x16::broadcast(-128 * sum); }
+inline I32x16 unpacked_start(int32_t sum, const int32_t*) { return dot_start(sum); }
 
 using AnyInt32 [[gnu::may_alias]] = int32_t;
 

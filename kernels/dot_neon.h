@@ -15,6 +15,7 @@ constexpr int kUnpackedVectors = 1;
 constexpr int kMaxRowsUnpacked = 4;
 constexpr int kMinRowsToUnpack = 32;
 constexpr int kUnroll = 16;
+constexpr int kUnrollSteps = 2;
 
 struct Weights {
   int8x16_t v[4];  // 4 outputs each
@@ -29,12 +30,15 @@ inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
     high.v[i] = vqtbl1q_s8(table, vshrq_n_u8(codes, 4));
   }
 }
+using UnpackedWeights = Weights;
 inline void store_weights(int8_t* p, const Weights& w) {
   for (int i = 0; i < 4; ++i) vst1q_s8(p + 16 * i, w.v[i]);
 }
-inline Weights load_weights(const int8_t* p) { return load_q8(p); }
+inline UnpackedWeights load_unpacked(const int8_t* p) { return load_q8(p); }
+inline void add_correction(I32x16&, const Weights&) {}
 
 inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
+inline I32x16 unpacked_start(int32_t sum, const int32_t*) { return dot_start(sum); }
 template <int num_vectors>
 inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
   int32_t four;

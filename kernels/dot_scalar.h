@@ -12,6 +12,7 @@ constexpr int kUnpackedVectors = 1;
 constexpr int kMaxRowsUnpacked = 1;
 constexpr int kMinRowsToUnpack = 16;
 constexpr int kUnroll = 1;
+constexpr int kUnrollSteps = 1;
 
 struct Weights {
   int8_t v[64];
@@ -28,10 +29,13 @@ inline void unpack_q4(const uint8_t* nibbles, Weights& low, Weights& high) {
     high.v[i] = kQ4Codebook[nibbles[i] >> 4];
   }
 }
+using UnpackedWeights = Weights;
 inline void store_weights(int8_t* p, const Weights& w) { std::memcpy(p, w.v, sizeof w.v); }
-inline Weights load_weights(const int8_t* p) { return load_q8(p); }
+inline UnpackedWeights load_unpacked(const int8_t* p) { return load_q8(p); }
+inline void add_correction(I32x16&, const Weights&) {}
 
 inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
+inline I32x16 unpacked_start(int32_t sum, const int32_t*) { return dot_start(sum); }
 template <int num_vectors>
 inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
   for (int v = 0; v < num_vectors; ++v) {

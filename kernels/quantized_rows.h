@@ -3,8 +3,10 @@
 // All accumulators stay in registers: per row and vector one of int32 for the group at hand and one of float32 for the
 // sum over the groups. Weights come from a source, which unpacks them on the way or has them unpacked already:
 //
-//   void prefetch(group)                                            asks for what is read some groups later
-//   void weights(group, step, v, Weights& first, Weights& second)   inputs 8·step … + 3 and 8·step + 4 … + 7
+//   Unpacked                                                          the type of weights; see dot.h
+//   void prefetch(group)                                              asks for what is read some groups later
+//   void weights(group, step, v, Unpacked& first, Unpacked& second)   inputs 8·step … + 3 and 8·step + 4 … + 7
+//   I32x16 start(group, v, sum)                                       what a group's accumulators start from
 //   F32x16 scales(group, v)
 #pragma once
 
@@ -46,6 +48,7 @@ struct Q8 {
 // A tile as it is packed; the vectors are its halves from `half` on.
 template <class Format>
 struct PackedTile {
+  using Unpacked = Weights;
   const typename Format::Block* blocks;
   int half;
   bool from_memory;  // read for the first time
@@ -55,50 +58,52 @@ struct PackedTile {
   void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
     Format::unpack(blocks[group], half + v, step, first, second);
   }
+  I32x16 start(int64_t, int, int32_t sum) const { return dot_start(sum); }
   F32x16 scales(int64_t group, int v) const {
     return F32x16::load_f16(blocks[group].scales + (half + v) * kLanesPerHalf);
   }
 };
 
-// A tile unpacked for many rows: per group the weights in the order in which they are needed, and float32 scales.
+// A tile unpacked for many rows: per group the weights in the order in which they are needed, and what belongs to them.
 struct UnpackedTile {
-  static constexpr int64_t kGroupBytes = kTile * kGroup;
+  using Unpacked = UnpackedWeights;
+  struct Group {
+    int8_t weights[kStepsPerGroup][2][2][kWeightsBytes];  // [step][first, second][half]
+    float scales[2][kLanesPerHalf];
+    int32_t corrections[2][kLanesPerHalf];
+  };
 
-  int8_t* bytes;   // [group][step][first, second][2 halves][64]
-  float* factors;  // [group][2 halves][16]
+  Group* groups;
   int half;
 
-  static int64_t size_bytes(int64_t num_groups) { return num_groups * (kGroupBytes + int64_t{kTile * sizeof(float)}); }
-
-  int8_t* at(int64_t group, int step, int half) const {
-    return bytes + group * kGroupBytes + step * 4 * kWeightsBytes + half * kWeightsBytes;
-  }
-  void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
-    first = load_weights(at(group, step, half + v));
-    second = load_weights(at(group, step, half + v) + 2 * kWeightsBytes);
-  }
   void prefetch(int64_t) const {}
-  F32x16 scales(int64_t group, int v) const {
-    return F32x16::load(factors + group * kTile + (half + v) * kLanesPerHalf);
+  void weights(int64_t group, int step, int v, UnpackedWeights& first, UnpackedWeights& second) const {
+    first = load_unpacked(groups[group].weights[step][0][half + v]);
+    second = load_unpacked(groups[group].weights[step][1][half + v]);
   }
-
-  template <class Format>
-  void unpack(const typename Format::Block* blocks, int64_t num_groups) {
-    for (int64_t group = 0; group < num_groups; ++group) {
-      prefetch_ahead(blocks + group);
-      for (int half = 0; half < 2; ++half) {
-        for (int step = 0; step < kStepsPerGroup; ++step) {
-          Weights first, second;
-          Format::unpack(blocks[group], half, step, first, second);
-          store_weights(at(group, step, half), first);
-          store_weights(at(group, step, half) + 2 * kWeightsBytes, second);
-        }
-        F32x16::load_f16(blocks[group].scales + half * kLanesPerHalf)
-            .store(factors + group * kTile + half * kLanesPerHalf);
-      }
-    }
+  I32x16 start(int64_t group, int v, int32_t sum) const {
+    return unpacked_start(sum, groups[group].corrections[half + v]);
   }
+  F32x16 scales(int64_t group, int v) const { return F32x16::load(groups[group].scales[half + v]); }
 };
+
+template <class Format>
+void unpack_group(const typename Format::Block& block, UnpackedTile::Group& group) {
+  prefetch_ahead(&block);
+  for (int half = 0; half < 2; ++half) {
+    I32x16 correction = I32x16::zero();
+    for (int step = 0; step < kStepsPerGroup; ++step) {
+      Weights first, second;
+      Format::unpack(block, half, step, first, second);
+      store_weights(group.weights[step][0][half], first);
+      store_weights(group.weights[step][1][half], second);
+      add_correction(correction, first);
+      add_correction(correction, second);
+    }
+    correction.store(group.corrections[half]);
+    F32x16::load_f16(block.scales + half * kLanesPerHalf).store(group.scales[half]);
+  }
+}
 
 // out[r][16·v + i], r < num_rows, v < num_vectors, for the rows of x from `row` on. num_outputs of the columns exist.
 template <int num_rows, int num_vectors, class Source>
@@ -125,13 +130,13 @@ template <int num_rows, int num_vectors, class Source>
     I32x16 dots[num_rows][num_vectors];
 #pragma GCC unroll kUnroll
     for (int r = 0; r < num_rows; ++r) {
-      const I32x16 start = dot_start(totals[r * num_groups + group]);
+      const int32_t sum = totals[r * num_groups + group];
 #pragma GCC unroll kUnroll
-      for (int v = 0; v < num_vectors; ++v) dots[r][v] = start;
+      for (int v = 0; v < num_vectors; ++v) dots[r][v] = source.start(group, v, sum);
     }
-#pragma GCC unroll kUnroll
+#pragma GCC unroll kUnrollSteps
     for (int step = 0; step < kStepsPerGroup; ++step) {
-      Weights first[num_vectors], second[num_vectors];
+      typename Source::Unpacked first[num_vectors], second[num_vectors];
 #pragma GCC unroll kUnroll
       for (int v = 0; v < num_vectors; ++v) source.weights(group, step, v, first[v], second[v]);
       const int8_t* inputs = values + group * kGroup + step * 8;

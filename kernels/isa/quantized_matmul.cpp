@@ -83,19 +83,18 @@ void multiply_packed(const Product& p, int64_t tile) {
 template <class Format>
 void multiply_unpacked(const Product& p, int64_t tile, int64_t first, int64_t last) {
   static constexpr auto rows = for_rows<kMaxRowsUnpacked, kUnpackedVectors, UnpackedTile>();
-  thread_local AlignedArray<int8_t> buffer;
-  thread_local int64_t buffer_bytes = 0;
+  thread_local AlignedArray<UnpackedTile::Group> groups;
+  thread_local int64_t capacity = 0;
   const int64_t num_groups = p.x.num_groups;
-  if (buffer_bytes < UnpackedTile::size_bytes(num_groups)) {
-    buffer_bytes = UnpackedTile::size_bytes(num_groups);
-    buffer = aligned_zeros<int8_t>(buffer_bytes);
+  if (capacity < num_groups) {
+    groups = aligned_zeros<UnpackedTile::Group>(num_groups);
+    capacity = num_groups;
   }
-  auto* factors = reinterpret_cast<float*>(buffer.get() + num_groups * UnpackedTile::kGroupBytes);
-  UnpackedTile{buffer.get(), factors, 0}.template unpack<Format>(p.blocks<Format>(tile), num_groups);
+  const auto* blocks = p.blocks<Format>(tile);
+  for (int64_t group = 0; group < num_groups; ++group) unpack_group<Format>(blocks[group], groups[group]);
   for_blocks(first, last, kMaxRowsUnpacked, [&](int64_t row, int64_t n) {
     for (int half = 0; half < 2; half += kUnpackedVectors) {
-      rows[n - 1](p.x, row, {buffer.get(), factors, half}, p.at(row, tile, half), p.w.outputs,
-                  p.outputs_from(tile, half));
+      rows[n - 1](p.x, row, {groups.get(), half}, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
     }
   });
 }
