@@ -20,6 +20,7 @@
 //   kMaxRowsOfOne     rows × 1 vector: more rows to a weight that is unpacked
 //   kMaxRowsUnpacked  rows × kUnpackedVectors (1 or 2), from weights that were unpacked before
 //   kMinRowsToUnpack  from how many rows on unpacking before is worth it
+//   kTilesOfOneRow  tiles that one row is multiplied with side by side, each a stream from memory of its own
 //   kUnroll           how far to unroll loops over rows (the plain version would become megabytes of code)
 //   kUnrollSteps      and over the inputs of a group
 #pragma once

@@ -14,6 +14,7 @@ constexpr int kMaxRowsOfOne = 14;
 constexpr int kUnpackedVectors = 2;
 constexpr int kMaxRowsUnpacked = 7;
 constexpr int kMinRowsToUnpack = 128;
+constexpr int kTilesOfOneRow = 4;
 constexpr int kUnroll = 16;
 constexpr int kUnrollSteps = 8;
 
@@ -50,10 +51,11 @@ inline void dot4(I32x16 (&acc)[1], const Weights (&w)[1], const int8_t* x) {
       : "+v"(acc[0].v)
       : "v"(w[0].v), "m"(*reinterpret_cast<const AnyInt32*>(x)));
 }
-inline void dot4(I32x16 (&acc)[2], const Weights (&w)[2], const int8_t* x) {
+template <int n>
+inline void dot4(I32x16 (&acc)[n], const Weights (&w)[n], const int8_t* x) {
   const __m512i inputs = _mm512_set1_epi32(*reinterpret_cast<const AnyInt32*>(x));
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc[0].v) : "v"(w[0].v), "v"(inputs));
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc[1].v) : "v"(w[1].v), "v"(inputs));
+#pragma GCC unroll kUnroll
+  for (int v = 0; v < n; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(acc[v].v) : "v"(w[v].v), "v"(inputs));
 }
 
 }  // namespace gemma2::avx512

@@ -14,6 +14,7 @@ constexpr int kMaxRowsOfOne = 4;
 constexpr int kUnpackedVectors = 1;
 constexpr int kMaxRowsUnpacked = 4;
 constexpr int kMinRowsToUnpack = 32;
+constexpr int kTilesOfOneRow = 1;
 constexpr int kUnroll = 16;
 constexpr int kUnrollSteps = 2;
 

@@ -11,6 +11,7 @@ constexpr int kMaxRowsOfOne = 1;
 constexpr int kUnpackedVectors = 1;
 constexpr int kMaxRowsUnpacked = 1;
 constexpr int kMinRowsToUnpack = 16;
+constexpr int kTilesOfOneRow = 1;
 constexpr int kUnroll = 1;
 constexpr int kUnrollSteps = 1;
 

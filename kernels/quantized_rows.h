@@ -21,8 +21,8 @@ constexpr int kStepsPerGroup = 8;  // a step is 8 inputs: what 64 bytes of nibbl
 constexpr int kWeightsBytes = 64;  // of a `Weights` in memory
 
 // Hardware prefetchers end at a page and start anew in the next: alone they leave half of the bandwidth unused. Twice
-// what arrives within a memory latency of 150 ns at 30 GB/s a thread, into the second-level cache.
-constexpr int64_t kPrefetchBytes = 8192;
+// what arrives within a memory latency of 150 ns at 15 GB/s a thread, into the second-level cache.
+constexpr int64_t kPrefetchBytes = 4096;
 
 // always_inline: GCC takes a function that does nothing but prefetch for one without effect, and drops the call.
 template <class Block>
@@ -61,6 +61,25 @@ struct PackedTile {
   I32x16 start(int64_t, int, int32_t sum) const { return dot_start(sum); }
   F32x16 scales(int64_t group, int v) const {
     return F32x16::load_f16(blocks[group].scales + (half + v) * kLanesPerHalf);
+  }
+};
+
+// Several tiles side by side, each a stream of its own for the hardware's prefetchers; the vectors are their halves.
+template <class Format, int num_tiles>
+struct PackedTiles {
+  using Unpacked = Weights;
+  const typename Format::Block* blocks;
+  int64_t num_groups;  // from one tile to the next
+  [[gnu::always_inline]] void prefetch(int64_t group) const {
+#pragma GCC unroll kUnroll
+    for (int tile = 0; tile < num_tiles; ++tile) prefetch_ahead(blocks + tile * num_groups + group);
+  }
+  void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
+    Format::unpack(blocks[v / 2 * num_groups + group], v % 2, step, first, second);
+  }
+  I32x16 start(int64_t, int, int32_t sum) const { return dot_start(sum); }
+  F32x16 scales(int64_t group, int v) const {
+    return F32x16::load_f16(blocks[v / 2 * num_groups + group].scales + v % 2 * kLanesPerHalf);
   }
 };
 

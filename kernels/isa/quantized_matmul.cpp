@@ -10,6 +10,7 @@
 // Layouts: activations.h, matrix.h. Padding (inputs up to 64, outputs up to 32) is read; padded outputs are not written.
 #include "quantized_matmul.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -99,15 +100,29 @@ void multiply_unpacked(const Product& p, int64_t tile, int64_t first, int64_t la
   });
 }
 
+// One row: several tiles side by side, as far as they go; what is left, one by one.
+template <class Format>
+void multiply_one_row(const Product& p, int64_t tile, int64_t last) {
+  if constexpr (kTilesOfOneRow > 1) {
+    for (; tile + kTilesOfOneRow <= last; tile += kTilesOfOneRow) {
+      const PackedTiles<Format, kTilesOfOneRow> source{p.blocks<Format>(tile), p.x.num_groups};
+      multiply_rows<1, 2 * kTilesOfOneRow>(p.x, 0, source, p.at(0, tile, 0), p.w.outputs,
+                                           static_cast<int>(std::min<int64_t>(p.w.outputs - tile * kTile, 1 << 20)));
+    }
+  }
+  for (; tile < last; ++tile) multiply_packed<Format>(p, tile);
+}
+
 template <class Format>
 void multiply_matrix(ThreadPool& pool, const Product& p) {
   const int64_t num_tiles = p.w.num_tiles(), num_rows = p.x.rows;
   if (num_rows < kMinRowsToUnpack) {
-    const int64_t per_task = (num_tiles + 8 * pool.num_threads() - 1) / (8 * pool.num_threads());
+    const int64_t wanted = (num_tiles + 8 * pool.num_threads() - 1) / (8 * pool.num_threads());
+    const int64_t per_task = round_up(wanted, num_rows == 1 ? kTilesOfOneRow : 1);
     pool.parallel_for((num_tiles + per_task - 1) / per_task, [&](int64_t task, int) {
-      for (int64_t tile = task * per_task; tile < (task + 1) * per_task && tile < num_tiles; ++tile) {
-        multiply_packed<Format>(p, tile);
-      }
+      const int64_t first = task * per_task, last = std::min(num_tiles, first + per_task);
+      if (num_rows == 1) return multiply_one_row<Format>(p, first, last);
+      for (int64_t tile = first; tile < last; ++tile) multiply_packed<Format>(p, tile);
     });
     return;
   }
