@@ -1,12 +1,21 @@
 """Tokenizers to test with: a small one that is trained on the spot, and Gemma's own where it is at hand."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from awkward_texts import TRAINING_TEXT
 
 from gemma2.text import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the twins of large tokenizers out of the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA2_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

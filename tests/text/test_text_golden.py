@@ -14,6 +14,7 @@ from awkward_texts import AWKWARD_TEXTS, LONG_SPACES
 
 from gemma2.text import Tokenizer
 from gemma2.text.layout import BYTE_PIECES, CONTROL_PIECES, RESERVED_PIECES
+from gemma2.text.libraries import TokenizersLibrary
 from gemma2.text.sentencepiece_model import PieceType
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
@@ -27,7 +28,8 @@ def reduced() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def gemma(gemma_folder: Path) -> Tokenizer:
-    return Tokenizer.from_folder(gemma_folder)
+    """Gemma's own file, by Hugging Face's library; `test_tokenizer_twin` holds what users get to the same ids."""
+    return Tokenizer(TokenizersLibrary(gemma_folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")

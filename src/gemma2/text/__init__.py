@@ -1,6 +1,7 @@
 """Text: tokenizer, chat format, streaming detokenizer, and the training of a tokenizer.
 
-Read in this order: `tokenizer`, `chat`, `detokenizer`; then `layout`, `libraries`, `sentencepiece_model`, `train`.
+Read in this order: `tokenizer`, `chat`, `detokenizer`; then `layout`, `libraries`, `sentencepiece_model`, `twin`,
+`twin_builder`, `train`.
 """
 
 from gemma2.text.chat import ChatSegment, Message, encode_chat, encode_chat_segments, render_chat

@@ -34,6 +34,7 @@ class PieceType(enum.IntEnum):
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _BPE = 2
+_SCORE_FIELD = struct.Struct("<Bf")
 
 
 class _Field(NamedTuple):
@@ -64,7 +65,7 @@ def build_model(pieces: Sequence[str], scores: Sequence[float], types: Sequence[
     ids = {piece: index for index, piece in enumerate(pieces)}
     body = bytearray()
     for piece, score, kind in zip(pieces, scores, types, strict=True):
-        entry = _bytes_field(1, piece.encode()) + _key(2, _FIXED32) + struct.pack("<f", score)
+        entry = _bytes_field(1, piece.encode()) + _SCORE_FIELD.pack(2 << 3 | _FIXED32, score)
         if kind != PieceType.NORMAL:
             entry += _varint_field(3, kind)
         body += _bytes_field(1, entry)
@@ -178,4 +179,8 @@ def _varint_field(number: int, value: int) -> bytes:
 
 
 def _bytes_field(number: int, value: bytes) -> bytes:
+    if (
+        number < 16 and len(value) < 128
+    ):  # two varints of one byte each: nearly always, and a model has 512,000 of these
+        return bytes((number << 3 | _BYTES, len(value))) + value
     return _key(number, _BYTES) + _varint(len(value)) + value

@@ -15,14 +15,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
-
-import sentencepiece
+from typing import TYPE_CHECKING, Any, Final
 
 from gemma2.errors import TokenizerError
 from gemma2.text.chat import CHAT_TEMPLATE
 from gemma2.text.layout import BOS, BYTE_PIECES, CONTROL_PIECES, EOS, MASK, PAD, SPACE, UNK
 from gemma2.text.sentencepiece_model import PieceType, build_model
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 WHITESPACE_PIECES: Final[tuple[str, ...]] = (
     "\n",
@@ -71,6 +72,8 @@ def train_tokenizer(
     Raises:
         TokenizerError: there is no text, or `vocab_size` is too small or more than the text can fill.
     """
+    import sentencepiece  # not above: whoever only reads a tokenizer.json does without
+
     if vocab_size < _SMALLEST_VOCAB_SIZE:
         raise TokenizerError(
             f"vocab_size must be at least {_SMALLEST_VOCAB_SIZE}: the control, whitespace and byte pieces and "
