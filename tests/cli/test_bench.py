@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gemma2.api import BUNDLED_FOLDER
 from gemma2.cli import bench_first_token, bench_measure
 from gemma2.cli.bench_measure import BATCH_PROMPT_TOKENS, Bench, Ceilings, Row, Work
 from gemma2.cli.main import main
@@ -314,6 +315,36 @@ def test_the_engine_itself(weights: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert values["kv_cache"] == "bfloat16"
     assert main(["bench", *options, "--isa", "sse9"]) == 1
     assert "must be one of those of this processor" in capsys.readouterr().err
+
+
+def test_a_model_from_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gemma2.checkpoints.packing")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("gemma2.cli.bench_machine._READ_SECONDS", 0.01)
+    monkeypatch.setattr("gemma2.cli.bench_machine._DOT_SECONDS", 0.01)
+    monkeypatch.setattr("gemma2.cli.bench_first_token._STARTS", 1)
+    options = ["--prefill", "64", "--context", "none", "--batch", "none", "--first-token", "--json", "-"]
+    assert main(["bench", "--model", str(BUNDLED_FOLDER), "--weights", "q8", *options]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["weights"] == "q8" and values["rows"][0]["tokens_per_second"] > 0
+    assert values["first_token"]["prompt_tokens"] in (31, 32, 33)
+    assert 0 < values["first_token"]["median_seconds"] < 60
+
+
+def test_a_second_plane_is_not_counted_as_read(small_size: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prefill", "none", "--context", "40", "--batch", "none", "--decode-steps", "2", "--json", "-"]
+    reports = []
+    for plane in ([], ["--second-plane"]):
+        assert main(["bench", *options, *plane]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    without, with_plane = reports
+    assert with_plane["weight_bytes"] == without["weight_bytes"]
+    assert with_plane["rows"][0]["bytes_read"] == without["rows"][0]["bytes_read"]
+    assert (without["second_plane_bytes"], with_plane["second_plane_bytes"]) == (0, 320 * 64 * 17 // 32)
+    assert main(["bench", "--second-plane", "--weights", "q8"]) == 1
+    assert "goes with random weights in q4" in capsys.readouterr().err
 
 
 def test_the_first_token_is_timed_to_the_first_line() -> None:

@@ -8,7 +8,7 @@ import pytest
 from gemma2 import _kernels as kernels
 from gemma2.config import PRESETS
 from gemma2.cpu.random_weights import random_packed_model
-from gemma2.quantization import PACKED_FORMATS, packed_shapes
+from gemma2.quantization import PACKED_FORMATS, SECOND_PLANE, packed_shapes
 
 SMALL = PRESETS["2b"].replace(
     hidden_size=256,
@@ -88,6 +88,15 @@ def test_a_seed_gives_the_same_weights():
     name = "model.layers.1.mlp.down_proj.weight"
     assert np.array_equal(first.tensors[name], same.tensors[name])
     assert not np.array_equal(first.tensors[name], other.tensors[name])
+
+
+def test_a_second_plane_is_as_large_as_what_rounding_lost(runtime):
+    model = random_packed_model(SMALL, "q4", second_plane=True)
+    shape = packed_shapes(SMALL)["model.embed_tokens.weight"]
+    plane = kernels.unpack_matrix(runtime, kernels.Matrix("q4", *shape, model.tensors[SECOND_PLANE]))
+    assert plane.std() == pytest.approx(0.07 * 0.02, rel=0.1)
+    with pytest.raises(ValueError, match="only q4 has a second plane"):
+        random_packed_model(SMALL, "q8", second_plane=True)
 
 
 def test_progress_ends_at_the_whole():

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--size", choices=list(PRESETS), help="random weights of this size (default: 2b)")
     what.add_argument("--model", metavar="MODEL", help="a folder, or a name on the Hub that was pulled")
     parser.add_argument("--weights", choices=WEIGHTS, help="how weights are kept (default: q4)")
+    parser.add_argument(
+        "--second-plane", action="store_true", help="give random q4 weights a second plane of the head, 4 bits more"
+    )
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="dtype of keys and values")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one for each core)")
     parser.add_argument("--isa", default="auto", metavar="NAME", help="instruction set (default: the best there is)")
@@ -87,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.decode_steps < 1:
         raise ConfigError(f"--decode-steps must be at least 1, but is {args.decode_steps}")
+    if args.second_plane and (args.model is not None or args.weights not in (None, "q4")):
+        raise ConfigError("--second-plane goes with random weights in q4")
     if args.first_token and args.model is None:
         raise ConfigError("--first-token starts `gemma2 generate`, which needs files: name a --model")
     rows: list[Row] = []
@@ -135,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
 def _open_subject(args: argparse.Namespace, progress: _Progress) -> tuple[Subject, Work]:
     from gemma2.cli.bench_report import Subject
     from gemma2.cpu import CpuBackend
+    from gemma2.quantization import SECOND_PLANE
 
     start = time.perf_counter()
     if args.model is not None:
@@ -146,13 +152,15 @@ def _open_subject(args: argparse.Namespace, progress: _Progress) -> tuple[Subjec
         work = _make_work(args, name, config)
         packed = _make_random(args, config, work, progress)
     made = time.perf_counter()
+    second_plane = packed.tensors.get(SECOND_PLANE)
     backend = CpuBackend(packed, num_threads=args.threads, isa=args.isa, kv_cache=args.kv_cache)
     return (
         Subject(
             name=name,
             packed=packed,
             backend=backend,
-            weight_bytes=sum(tensor.nbytes for tensor in packed.tensors.values()),
+            weight_bytes=sum(tensor.nbytes for name, tensor in packed.tensors.items() if name != SECOND_PLANE),
+            second_plane_bytes=second_plane.nbytes if second_plane is not None else 0,
             make_seconds=made - start,
             load_seconds=time.perf_counter() - made,
         ),
@@ -194,19 +202,22 @@ def _make_random(args: argparse.Namespace, config: Gemma2Config, work: Work, pro
             "free; choose smaller --weights, --size, --context or --batch, or end other programs"
         )
     progress.start("random weights", 1)
-    made = 0
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal made
-        progress.set_total(total)
-        progress.advance(done - made)
-        made = done
-
-    return random_packed_model(config, weights, args.seed, on_progress)
+    return random_packed_model(config, weights, args.seed, progress.follow, second_plane=args.second_plane)
 
 
 def _open_model(args: argparse.Namespace, progress: _Progress) -> tuple[str, PackedModel]:
-    raise ConfigError("this version benchmarks random weights only: --size instead of --model")
+    """Maps a quantized folder, or quantizes another one (which is kept, for the next time)."""
+    from gemma2.checkpoints import is_packed, open_checkpoint, open_packed, packed_model
+    from gemma2.cli.source import find_folder
+
+    folder = find_folder(args.model)
+    if is_packed(folder):
+        packed = open_packed(folder)
+        if args.weights not in (None, packed.format):
+            raise ConfigError(f"{folder}: its weights are {packed.format}; leave --weights out, or name the original")
+        return str(folder), packed
+    progress.start("quantizing", 1)
+    return str(folder), packed_model(open_checkpoint(folder), args.weights or "q4", progress=progress.follow)
 
 
 class _Progress:
@@ -246,10 +257,10 @@ class _Progress:
         if not self._console.is_terminal:
             print(f"{what} …", file=sys.stderr, flush=True)
 
-    def set_total(self, total: int) -> None:
-        """How long the bar is after all."""
+    def follow(self, done: int, total: int) -> None:
+        """Sets the bar."""
         assert self._task is not None
-        self._bar.update(self._task, total=total)
+        self._bar.update(self._task, completed=done, total=total)
 
     def advance(self, amount: int) -> None:
         """Moves the bar."""

@@ -28,6 +28,9 @@ class Subject:
     packed: PackedModel
     backend: CpuBackend
     weight_bytes: int
+    """Read for every token."""
+    second_plane_bytes: int
+    """Of which few rows are read."""
     make_seconds: float
     """Until the weights lay in memory or were mapped."""
     load_seconds: float
@@ -50,6 +53,7 @@ def describe(subject: Subject, rows: Sequence[Row], first_token: FirstToken | No
         "processor": processor_name(),
         "dot_kind": DOT_KINDS[backend.weights],
         "weight_bytes": subject.weight_bytes,
+        "second_plane_bytes": subject.second_plane_bytes,
         "make_seconds": subject.make_seconds,
         "load_seconds": subject.load_seconds,
         "first_token": None
@@ -77,7 +81,9 @@ def describe(subject: Subject, rows: Sequence[Row], first_token: FirstToken | No
 def print_report(console: Console, subject: Subject, rows: Sequence[Row], first_token: FirstToken | None) -> None:
     """Prints the table and what it stands on."""
     backend = subject.backend
-    console.print(f"{subject.name}: {backend.weights}, {format_bytes(subject.weight_bytes)}", style="bold")
+    plane = f" and {format_bytes(subject.second_plane_bytes)} of the head's second plane"
+    plane = plane if subject.second_plane_bytes else ""
+    console.print(f"{subject.name}: {backend.weights}, {format_bytes(subject.weight_bytes)}{plane}", style="bold")
     threads = "1 thread" if backend.num_threads == 1 else f"{backend.num_threads} threads"
     console.print(f"{processor_name()}, {threads}, {backend.isa}; keys and values in {backend.kv_cache}")
     console.print(f"weights there in {subject.make_seconds:.2f} s, engine made in {subject.load_seconds:.2f} s")

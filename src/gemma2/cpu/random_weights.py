@@ -15,11 +15,14 @@ import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
-from gemma2.quantization import PACKED_FORMATS, PackedModel, packed_shapes
+from gemma2.quantization import PACKED_FORMATS, SECOND_PLANE, PackedModel, packed_shapes
 
 _ALIGNMENT: Final = 64
 _GROUP: Final = 64
 _TILE: Final = 32
+_EMBEDDING: Final = "model.embed_tokens.weight"
+# Rounding to 4 bits loses about 7% of the embedding, which is what the second plane holds.
+_DEVIATIONS: Final = {_EMBEDDING: 0.02, SECOND_PLANE: 0.0014}
 _POOL_BYTES: Final = 16 << 20
 """Random values that are made one by one; more are made of them by flipping bits, ten times as fast."""
 
@@ -45,6 +48,8 @@ def random_packed_model(
     format: str,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    second_plane: bool = False,
 ) -> PackedModel:
     """Makes a model of random weights.
 
@@ -57,6 +62,7 @@ def random_packed_model(
         format: one of `PACKED_FORMATS`.
         seed: the same seed gives the same weights.
         progress: called with (bytes done, bytes in all) after each tensor.
+        second_plane: whether the embedding has one (see `SECOND_PLANE`); q4 only.
 
     Returns:
         The model, in memory of its own: that of its weights and 64 MiB while it is made.
@@ -66,7 +72,11 @@ def random_packed_model(
     """
     if format not in PACKED_FORMATS:
         raise ValueError(f"a packed format is one of {', '.join(PACKED_FORMATS)}, but this is {format!r}")
+    if second_plane and format != "q4":
+        raise ValueError(f"only q4 has a second plane, but the format is {format}")
     shapes = packed_shapes(config)
+    if second_plane:
+        shapes[SECOND_PLANE] = shapes[_EMBEDDING]
     sizes = {name: _size_bytes(name, shape, format) for name, shape in shapes.items()}
     total = sum(sizes.values())
     memory = _anonymous_memory(total)
@@ -80,7 +90,7 @@ def random_packed_model(
         if len(shape) == 1:
             tensors[name] = place[: 4 * shape[0]].view(np.float32)  # zeros, as the system gives memory
         else:
-            deviation = 0.02 if name == "model.embed_tokens.weight" else shape[1] ** -0.5
+            deviation = _DEVIATIONS.get(name, shape[1] ** -0.5)
             if deviation not in pools:
                 pools[deviation] = _make_pool(random, format, deviation)
             _fill(place, pools[deviation], random, format)
