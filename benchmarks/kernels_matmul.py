@@ -3,7 +3,7 @@
 Weights are random, in the shapes of 2B unless --shapes says otherwise. For each product: the best time of several,
 arithmetic and its share of the peak of dot products in registers, bytes of weights per second and their share of the
 read bandwidth. On one thread time is that thread's CPU time, so that a busy machine spoils less; on several it is the
-clock's. The ceilings are measured before each format, with the same threads and instruction set.
+clock's. The ceilings are measured before each shape, with the same threads and instruction set, by the clock.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def main() -> None:
     print(f"{runtime.isa}, {runtime.num_threads} threads")
     for format in args.formats:
         kind = "int8" if format in ("q4", "q8") else format
-        peak = kernels.measure_dot_peak(runtime, kind, 0.2)[0]
-        bandwidth = kernels.measure_read_bandwidth(runtime, memory, 0.4)[0]
-        print(f"{format}: at most {peak / 1e9:.0f} Gop/s ({kind}), {bandwidth / 1e9:.1f} GB/s")
         for shape in args.shapes:
+            peak = kernels.measure_dot_peak(runtime, kind, 0.2)[0]
+            bandwidth = kernels.measure_read_bandwidth(runtime, memory, 0.4)[0]
+            print(f"{format} {shape}: at most {peak / 1e9:.0f} Gop/s ({kind}), {bandwidth / 1e9:.1f} GB/s")
             outputs, inputs = map(int, shape.split("x"))
             size = kernels.matrix_bytes(format, outputs, inputs)
             matrices = random_matrices(format, outputs, inputs, 1 if args.warm else 1 + BEYOND_CACHES_BYTES // size)
@@ -84,7 +84,7 @@ def main() -> None:
                 seconds = best_seconds(runtime, matrices, rows, args.seconds)
                 rate, read = 2 * rows * outputs * inputs / seconds, size / seconds
                 print(
-                    f"  {rows:4} x {inputs} -> {outputs:5}: {seconds * 1e6:9.1f} us, {rate / 1e9:7.1f} Gop/s"
+                    f"  {rows:4} rows: {seconds * 1e6:9.1f} us, {rate / 1e9:7.1f} Gop/s"
                     f" ({rate / peak:4.0%}), {read / 1e9:5.1f} GB/s ({read / bandwidth:4.0%})",
                     flush=True,
                 )
