@@ -24,20 +24,22 @@ namespace {
 
 // Rows and halves of tiles of a register tile. 32 registers of AVX-512: 6 × 4 sums, 4 of w, 1 of x. AVX2 has 16, two to
 // a vector: 6 × 1 sums, 2 of w, 1 of x, a mask. NEON has 32, four to a vector: 5 × 1 sums, 4 of w, 5 of x.
+// Up to kMaxRows rows go at once, so that w comes from memory in one pass with the arithmetic; more go by kRowsOfMany.
+// (Not 12: rows are often 4 KiB times something apart, all in one set of the L1 cache, which has 8 places.)
 #if defined(GEMMA2_ISA_AVX512)
-constexpr int kMaxRows = 6;
-constexpr int halves_for(int) { return 4; }
+constexpr int kMaxRows = 8, kRowsOfMany = 6;
+constexpr int halves_for(int rows) { return rows <= 6 ? 4 : 2; }
 constexpr int64_t kBlockSteps = 512;
-#elif defined(GEMMA2_ISA_AVX2) || defined(GEMMA2_ISA_NEON)
-#if defined(GEMMA2_ISA_AVX2)
-constexpr int kMaxRows = 6;
-#else
-constexpr int kMaxRows = 5;
-#endif
+#elif defined(GEMMA2_ISA_AVX2)
+constexpr int kMaxRows = 6, kRowsOfMany = 6;
+constexpr int halves_for(int rows) { return rows <= 2 ? 2 : 1; }
+constexpr int64_t kBlockSteps = 256;
+#elif defined(GEMMA2_ISA_NEON)
+constexpr int kMaxRows = 5, kRowsOfMany = 5;
 constexpr int halves_for(int rows) { return rows <= 2 ? 2 : 1; }
 constexpr int64_t kBlockSteps = 256;
 #else
-constexpr int kMaxRows = 4;
+constexpr int kMaxRows = 4, kRowsOfMany = 4;
 constexpr int halves_for(int) { return 1; }
 constexpr int64_t kBlockSteps = 256;
 #endif
@@ -150,7 +152,7 @@ struct Product {
     return w + (half / 2) * steps * kTile + step * kTile + (half % 2) * kLanesPerHalf;
   }
 
-  // Adds the steps from `step` to the outputs from half · 16. While it reads one block of w it asks for the next.
+  // Adds the steps from `step` to the outputs from half · 16; `ahead` asks for the steps of the next block of w.
   template <int rows, int halves, bool ahead>
   [[gnu::noinline]] void register_tile(const typename Format::Rows& x, int64_t row, int64_t half, int64_t step, int64_t num_steps) const {
     F32x16 sums[rows][halves];
@@ -186,14 +188,17 @@ struct Product {
     }
   }
 
+  // Where register tiles without w's two halves side by side would wait for memory, the first rows ask for the next
+  // block of w while they read this one.
   template <int rows>
-  void some_rows(int64_t first_row, int64_t row, int64_t first_half, int64_t last_half, int64_t step, int64_t num_steps) const {
+  void some_rows(int64_t row, bool are_first, int64_t first_tile, int64_t last_tile, int64_t step,
+                 int64_t num_steps) const {
     constexpr int halves = halves_for(rows);
     const typename Format::Rows values(x + row * steps + step, steps, rows, num_steps);
-    int64_t half = first_half;
+    int64_t half = 2 * first_tile;
     if constexpr (halves == 1) {
-      for (; half < last_half; half += 2) {
-        if (row == first_row) {
+      for (; half < 2 * last_tile; half += 2) {
+        if (are_first) {
           register_tile<rows, 1, true>(values, row, half, step, num_steps);
         } else {
           register_tile<rows, 1, false>(values, row, half, step, num_steps);
@@ -201,35 +206,32 @@ struct Product {
         register_tile<rows, 1, false>(values, row, half + 1, step, num_steps);
       }
     } else {
-      for (; half + halves <= last_half; half += halves) {
+      for (; half + halves <= 2 * last_tile; half += halves) {
         register_tile<rows, halves, false>(values, row, half, step, num_steps);
       }
       if constexpr (halves > 2) {
-        if (half < last_half) register_tile<rows, 2, false>(values, row, half, step, num_steps);
+        if (half < 2 * last_tile) register_tile<rows, 2, false>(values, row, half, step, num_steps);
       }
     }
   }
 
+  // Calls some_rows for `num_rows` rows, of which there are at most `rows`.
+  template <int rows, class... Rest>
+  void up_to(int64_t num_rows, Rest... rest) const {
+    if (num_rows == rows) return some_rows<rows>(rest...);
+    if constexpr (rows > 1) up_to<rows - 1>(num_rows, rest...);
+  }
+
   // All rows from first_row to last_row - 1 of a panel of tiles.
   void panel(int64_t first_row, int64_t last_row, int64_t first_tile, int64_t last_tile) const {
-    const int64_t num_parts = (last_row - first_row + kMaxRows - 1) / kMaxRows;
+    const int64_t num_rows = last_row - first_row;
+    const int64_t num_parts = num_rows <= kMaxRows ? 1 : (num_rows + kRowsOfMany - 1) / kRowsOfMany;
     for (int64_t step = 0; step < steps; step += kBlockSteps) {
       const int64_t num_steps = steps - step < kBlockSteps ? steps - step : kBlockSteps;
       for (int64_t part = 0; part < num_parts; ++part) {
-        const int64_t row = first_row + (last_row - first_row) * part / num_parts;
-        const int64_t end = first_row + (last_row - first_row) * (part + 1) / num_parts;
-        switch (end - row) {
-          case 1: some_rows<1>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 2: some_rows<2>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 3: some_rows<3>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 4: some_rows<4>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps); break;
-          case 5:
-            if constexpr (kMaxRows >= 5) some_rows<5>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps);
-            break;
-          case 6:
-            if constexpr (kMaxRows >= 6) some_rows<6>(first_row, row, first_tile * 2, last_tile * 2, step, num_steps);
-            break;
-        }
+        const int64_t row = first_row + num_rows * part / num_parts;
+        const int64_t end = first_row + num_rows * (part + 1) / num_parts;
+        up_to<kMaxRows>(end - row, row, part == 0, first_tile, last_tile, step, num_steps);
       }
     }
   }
@@ -238,7 +240,7 @@ struct Product {
 template <class Format>
 void multiply(ThreadPool& pool, const Activations& x, const Matrix& w, float* out) {
   const Product<Format> product{Format::words(x), reinterpret_cast<const typename Format::Word*>(w.data), out,
-                             Format::words_per_row(x), w.outputs};
+                                Format::words_per_row(x), w.outputs};
   const int64_t tiles = w.num_tiles(), tile_work = product.steps * kTile * x.rows;
   // Panels of one tile hand out few rows most evenly; more rows want a panel that they share.
   int64_t panel = x.rows <= kMaxRows ? 1 : kPanelTiles;
@@ -248,7 +250,7 @@ void multiply(ThreadPool& pool, const Activations& x, const Matrix& w, float* ou
   // Few panels for many threads: cut the rows too.
   int64_t row_chunks = 1;
   if (panels > 1 && pool.num_threads() > 1) {
-    const int64_t wanted = (4 * pool.num_threads() + panels - 1) / panels, most = x.rows / (4 * kMaxRows);
+    const int64_t wanted = (4 * pool.num_threads() + panels - 1) / panels, most = x.rows / (4 * kRowsOfMany);
     row_chunks = wanted < most ? wanted : most;
     if (row_chunks < 1) row_chunks = 1;
   }
