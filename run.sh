@@ -7,7 +7,7 @@ set -euo pipefail
 called_from=$PWD
 CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/environment.sh
-prepare_environment torch
+prepare_environment
 cd "$called_from"
 # Options and verbs are gemma2's own; any other first argument is a prompt.
 case "${1:---help}" in
