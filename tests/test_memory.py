@@ -57,6 +57,8 @@ def test_quantized_weights_take_what_the_engine_packs(weight_format: str, sizes:
     for shape in packed_shapes(config).values():
         packed += kernels.matrix_bytes(weight_format, *shape) if len(shape) == 2 else 4 * shape[0]
     assert weight_bytes(config, weight_format) == packed
+    plane = kernels.matrix_bytes(weight_format, config.vocab_size, config.hidden_size)
+    assert weight_bytes(config, weight_format, second_plane=True) == packed + plane
 
 
 @pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "int8"])

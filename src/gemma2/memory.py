@@ -61,7 +61,7 @@ def layer_matrices(config: Gemma2Config) -> dict[str, tuple[int, int]]:
     }
 
 
-def weight_bytes(config: Gemma2Config, weight_format: str) -> int:
+def weight_bytes(config: Gemma2Config, weight_format: str, *, second_plane: bool = False) -> int:
     """Size of all weights, the tied embedding once, in bytes.
 
     Matrices take the format's bits; the norms, a ten-thousandth of all, stay float32 where matrices are quantized.
@@ -71,6 +71,7 @@ def weight_bytes(config: Gemma2Config, weight_format: str) -> int:
         weight_format: one of `WEIGHT_FORMATS`. In q8 and q4, each `GROUP_SIZE` neighbours of a row share a float16
             scale; the embedding, which is the head, is quantized too. Rows are filled up to a multiple of
             `GROUP_SIZE`, and matrices to one of `TILE_ROWS`: the layout is that of kernels/matrix.h.
+        second_plane: whether the head has two planes of 4 bits, as `gemma2 quantize` gives it in q4.
 
     Raises:
         ConfigError: there is no such format.
@@ -86,7 +87,7 @@ def weight_bytes(config: Gemma2Config, weight_format: str) -> int:
     layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in _packed_layer_matrices(config))
     embedding = _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=value_bits)
     norms = (4 * config.num_hidden_layers + 1) * config.hidden_size * 4
-    return embedding + config.num_hidden_layers * layer + norms
+    return embedding * (2 if second_plane else 1) + config.num_hidden_layers * layer + norms
 
 
 def _packed_layer_matrices(config: Gemma2Config) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ def test_running_a_9b_at_its_whole_context(capsys: pytest.CaptureFixture[str]) -
     assert values["kv_cache_of_one_sequence"]["bfloat16"] == {"bounded": 2016 * MIB, "whole": 2688 * MIB}
     running = {entry["weight_format"]: entry for entry in values["running"]}
     assert running["bfloat16"]["weights"] == 2 * 9_241_705_984
-    assert running["q4"]["weights"] == weight_bytes(PRESETS["9b"], "q4")
+    assert running["q4"]["weights"] == weight_bytes(PRESETS["9b"], "q4", second_plane=True)
     assert running["float32"]["kv_cache"] == 2 * running["bfloat16"]["kv_cache"]
     for entry in running.values():
         assert entry["total"] == entry["weights"] + entry["kv_cache"] + entry["prefill"] + entry["logits"]

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="MODEL", help="a folder, or a name on the Hub that was pulled")
     parser.add_argument("--weights", choices=WEIGHTS, help="how weights are kept (default: q4)")
     parser.add_argument(
-        "--second-plane", action="store_true", help="give random q4 weights a second plane of the head, 4 bits more"
+        "--second-plane",
+        action=argparse.BooleanOptionalAction,
+        help="whether random q4 weights have a head of two planes, as `gemma2 quantize` makes it (default: yes)",
     )
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="dtype of keys and values")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one for each core)")
@@ -90,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.decode_steps < 1:
         raise ConfigError(f"--decode-steps must be at least 1, but is {args.decode_steps}")
-    if args.second_plane and (args.model is not None or args.weights not in (None, "q4")):
-        raise ConfigError("--second-plane goes with random weights in q4")
+    if args.second_plane is not None and (args.model is not None or args.weights not in (None, "q4")):
+        raise ConfigError("--second-plane and --no-second-plane go with random weights in q4")
     if args.first_token and args.model is None:
         raise ConfigError("--first-token starts `gemma2 generate`, which needs files: name a --model")
     rows: list[Row] = []
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
             machine=machine,
             watcher=progress,
             weight_bytes=subject.weight_bytes,
+            idle_bytes=subject.second_plane_bytes,
             kv_format=backend.kv_cache,
             seed=args.seed,
         )
@@ -194,7 +197,8 @@ def _make_random(args: argparse.Namespace, config: Gemma2Config, work: Work, pro
 
     weights = args.weights or "q4"
     kv_cache = {"auto": "float32" if weights == "float32" else "bfloat16"}.get(args.kv_cache, args.kv_cache)
-    needed = weight_bytes(config, weights) + work.kv_bytes(config, kv_cache) + _ROOM
+    second_plane = weights == "q4" and args.second_plane is not False
+    needed = weight_bytes(config, weights, second_plane=second_plane) + work.kv_bytes(config, kv_cache) + _ROOM
     memory = main_memory()
     if memory is not None and needed > memory.free_bytes:
         raise Gemma2Error(
@@ -202,22 +206,31 @@ def _make_random(args: argparse.Namespace, config: Gemma2Config, work: Work, pro
             "free; choose smaller --weights, --size, --context or --batch, or end other programs"
         )
     progress.start("random weights", 1)
-    return random_packed_model(config, weights, args.seed, progress.follow, second_plane=args.second_plane)
+    return random_packed_model(config, weights, args.seed, progress.follow, second_plane=second_plane)
 
 
 def _open_model(args: argparse.Namespace, progress: _Progress) -> tuple[str, PackedModel]:
     """Maps a quantized folder, or quantizes another one (which is kept, for the next time)."""
     from gemma2.checkpoints import is_packed, open_checkpoint, open_packed, packed_model
     from gemma2.cli.source import find_folder
+    from gemma2.cpu.threads import default_num_threads
 
     folder = find_folder(args.model)
+    num_threads = args.threads or default_num_threads()
     if is_packed(folder):
-        packed = open_packed(folder)
-        if args.weights not in (None, packed.format):
-            raise ConfigError(f"{folder}: its weights are {packed.format}; leave --weights out, or name the original")
-        return str(folder), packed
-    progress.start("quantizing", 1)
-    return str(folder), packed_model(open_checkpoint(folder), args.weights or "q4", progress=progress.follow)
+        file = open_packed(folder)
+        if args.weights not in (None, file.format):
+            raise ConfigError(f"{folder}: its weights are {file.format}; leave --weights out, or name the original")
+        return str(folder), file.load(num_threads=num_threads)
+    progress.start("weights", 1)
+    packed = packed_model(
+        open_checkpoint(folder),
+        args.weights or "q4",
+        num_threads=num_threads,
+        progress=progress.follow,
+        notify=progress.say,
+    )
+    return str(folder), packed
 
 
 class _Progress:
@@ -261,6 +274,10 @@ class _Progress:
         """Sets the bar."""
         assert self._task is not None
         self._bar.update(self._task, completed=done, total=total)
+
+    def say(self, sentence: str) -> None:
+        """A line above the bar."""
+        self._console.print(sentence)
 
     def advance(self, amount: int) -> None:
         """Moves the bar."""

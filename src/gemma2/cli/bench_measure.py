@@ -156,7 +156,8 @@ class Bench:
         backend: what runs; sequences 0 and on must be free.
         machine: where ceilings and memory are read.
         watcher: who is told how far it is.
-        weight_bytes: of all matrices and norms, the tied head once.
+        weight_bytes: of all matrices and norms, the tied head once: what each step reads.
+        idle_bytes: of weights in memory of which a step reads next to nothing.
         kv_format: "float32", "bfloat16" or "int8".
         seed: of the random token ids.
     """
@@ -165,6 +166,7 @@ class Bench:
     machine: Machine
     watcher: Watcher
     weight_bytes: int
+    idle_bytes: int = 0
     kv_format: str
     seed: int = 0
     clock: Callable[[], float] = time.perf_counter
@@ -297,6 +299,8 @@ class Bench:
         bytes_read: int = 0,
     ) -> Row:
         peak = self.machine.peak_bytes()
+        # What a cache once took stays with the process, for the next sequence.
+        known = self.weight_bytes + self.idle_bytes + self._most_kv_bytes
         after = self._ceilings = self.machine.ceilings()
         row = Row(
             kind=kind,
@@ -307,8 +311,7 @@ class Bench:
             operations=operations,
             before=before,
             after=after,
-            # What a cache once took stays with the process, for the next sequence.
-            peak_extra_bytes=max(0, peak - self.weight_bytes - self._most_kv_bytes) if peak else 0,
+            peak_extra_bytes=max(0, peak - known) if peak else 0,
         )
         self.watcher.finish(row)
         return row

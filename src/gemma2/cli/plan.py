@@ -171,7 +171,7 @@ def plan_running(setup: Setup) -> list[RunningPlan]:
         plans.append(
             RunningPlan(
                 weight_format=weight_format,
-                weights=weight_bytes(config, weight_format),
+                weights=weight_bytes(config, weight_format, second_plane=weight_format == "q4"),
                 kv_cache=setup.batch_size * kv_cache_bytes(config, setup.context, kv_format=kv_format),
                 prefill=prefill,
                 logits=logits_bytes(config, setup.batch_size),
@@ -266,7 +266,8 @@ def _print_running(console: Console, setup: Setup) -> None:
     if setup.places:
         console.print(f"“up to”: so many sequences of {setup.context:,} tokens fit at once.", style="dim")
     console.print(
-        "q8 and q4 are the CPU engine's 8- and 4-bit weights; `gemma2 bench` measures how fast they run here.",
+        "q8 and q4 are the CPU engine's 8- and 4-bit weights, q4 with a head of two planes; `gemma2 bench` measures "
+        "how fast they run here.",
         style="dim",
     )
     whole = logits_bytes(setup.config, setup.context * setup.batch_size)
