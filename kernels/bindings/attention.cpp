@@ -1,7 +1,6 @@
 #include "../attention.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "bindings.h"
 
@@ -175,9 +174,7 @@ void bind_attention(nb::module_& m) {
   m.def("copy_block", [](Runtime&, const KVCache& cache, int64_t source, int64_t destination) {
     require_block(cache, source);
     require_block(cache, destination);
-    if (source != destination) {
-      std::memcpy(cache.head(destination, 0), cache.head(source, 0), static_cast<size_t>(cache.layout.block_bytes()));
-    }
+    cache.copy_block(source, destination);
   }, "runtime"_a, "cache"_a, "source"_a, "destination"_a);
 }
 

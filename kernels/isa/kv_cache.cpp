@@ -26,44 +26,41 @@ void rotate(const float* x, const float* cos, const float* sin, float scale, int
 }
 
 // One token and head. `dwords` is room for a packed row.
-void write_key(const CacheLayout& layout, const float* key, int64_t slot, uint8_t* head, uint32_t* dwords) {
-  uint32_t flip = 0;
+void pack_token(const CacheLayout& layout, const float* x, uint32_t* dwords, uint8_t* scale_at) {
   if (layout.type == CacheType::int8) {
-    const float scale = pack_row_int8(key, layout.head_dim, reinterpret_cast<int8_t*>(dwords));
-    std::memcpy(head + layout.scales_at() + slot * 4, &scale, 4);
-    flip = 0x80808080u;  // the cache holds bytes with 128 added
+    const float scale = pack_row_int8(x, layout.head_dim, reinterpret_cast<int8_t*>(dwords));
+    std::memcpy(scale_at, &scale, sizeof scale);
   } else {
-    pack_row(layout.type, key, layout.head_dim, dwords);
+    pack_row(layout.type, x, layout.head_dim, dwords);
   }
-  auto* to = reinterpret_cast<uint32_t*>(head + slot / 16 * layout.key_tile_bytes()) + slot % 16;
-  for (int64_t i = 0; i < layout.key_steps(); ++i) to[i * 16] = dwords[i] ^ flip;
 }
 
-void write_value(const CacheLayout& layout, const float* value, int64_t slot, uint8_t* head, uint32_t* dwords) {
-  const int pack = layout.pack();
-  if (layout.type == CacheType::int8) {
-    const float scale = pack_row_int8(value, layout.head_dim, reinterpret_cast<int8_t*>(dwords));
-    std::memcpy(head + layout.scales_at() + (kBlockTokens + slot) * 4, &scale, 4);
-  } else {
-    pack_row(layout.type, value, layout.head_dim, dwords);
+void write_key(const CacheLayout& layout, const float* key, int64_t slot, uint8_t* block, uint32_t* dwords) {
+  pack_token(layout, key, dwords, block + layout.key_scales_at() + slot * 4);
+  auto* to = reinterpret_cast<uint32_t*>(block) + slot;
+  for (int64_t i = 0; i < layout.key_steps(); ++i) to[i * kBlockTokens] = dwords[i];
+}
+
+// Part `part` of 16 dwords.
+template <class T>
+void write_parts(const void* from, int64_t n, int64_t part, uint8_t* dwords) {
+  constexpr int pack = 4 / sizeof(T);
+  for (int64_t d = 0; d < n; ++d) {
+    std::memcpy(dwords + (d * pack + part) * sizeof(T), static_cast<const uint8_t*>(from) + d * sizeof(T), sizeof(T));
   }
-  uint8_t* vectors = head + layout.values_at() + slot / pack * kVectorBytes;
-  const int64_t part = slot % pack;
-  for (int64_t tile = 0; tile * 16 < layout.head_dim; ++tile) {
+}
+
+void write_value(const CacheLayout& layout, const float* value, int64_t slot, uint8_t* block, uint32_t* dwords) {
+  pack_token(layout, value, dwords, block + layout.value_scales_at() + slot * 4);
+  const int64_t pack = layout.pack(), part = slot % pack;
+  for (int64_t tile = 0; tile < layout.dim_tiles(); ++tile) {
     const int64_t left = layout.head_dim - tile * 16, n = left < 16 ? left : 16;
-    uint8_t* to = vectors + tile * layout.value_tile_bytes();
+    const auto* from = reinterpret_cast<const uint8_t*>(dwords) + tile * 64 / pack;
+    uint8_t* to = block + layout.value_tile_at(tile) + slot / pack * layout.value_step_bytes(tile);
     switch (layout.type) {
-      case CacheType::float32: std::memcpy(to, dwords + tile * 16, n * 4); break;
-      case CacheType::bfloat16: {
-        const auto* from = reinterpret_cast<const uint16_t*>(dwords) + tile * 16;
-        for (int64_t d = 0; d < n; ++d) reinterpret_cast<uint16_t*>(to)[d * 2 + part] = from[d];
-        break;
-      }
-      case CacheType::int8: {
-        const auto* from = reinterpret_cast<const uint8_t*>(dwords) + tile * 16;
-        for (int64_t d = 0; d < n; ++d) to[d * 4 + part] = from[d] ^ 0x80u;
-        break;
-      }
+      case CacheType::float32: write_parts<uint32_t>(from, n, part, to); break;
+      case CacheType::bfloat16: write_parts<uint16_t>(from, n, part, to); break;
+      case CacheType::int8: write_parts<uint8_t>(from, n, part, to); break;
     }
   }
 }
@@ -81,8 +78,7 @@ void append_kv(ThreadPool& pool, const AttentionShape& shape, const AppendArgume
     AttentionScratch& scratch = attention_scratch(shape);
     const int64_t block = table.block_table(task.sequence)[task.position / kBlockTokens];
     for (int64_t head = 0; head < kv_heads && task.position % kBlockTokens == 0; ++head) {
-      std::memset(cache.head(block, head) + layout.values_at(), layout.type == CacheType::int8 ? 0x80 : 0,
-                  static_cast<size_t>(layout.value_bytes()));
+      std::memset(cache.values(block, head), 0, static_cast<size_t>(layout.value_bytes()));
     }
     for (int64_t t = 0; t < task.num_tokens; ++t) {
       const int64_t row = task.first_row + t, slot = (task.position + t) % kBlockTokens;
@@ -95,8 +91,8 @@ void append_kv(ThreadPool& pool, const AttentionShape& shape, const AppendArgume
       for (int64_t head = 0; head < kv_heads; ++head) {
         const float* key = heads + (shape.num_heads + head) * head_dim;
         rotate(key, cos, sin, 1.0f, half, scratch.row);
-        write_key(layout, scratch.row, slot, cache.head(block, head), scratch.dwords);
-        write_value(layout, key + kv_heads * head_dim, slot, cache.head(block, head), scratch.dwords);
+        write_key(layout, scratch.row, slot, cache.keys(block, head), scratch.dwords);
+        write_value(layout, key + kv_heads * head_dim, slot, cache.values(block, head), scratch.dwords);
       }
     }
   };
