@@ -337,15 +337,15 @@ def test_a_model_from_files(
 def test_a_second_plane_is_not_counted_as_read(small_size: Any, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--prefill", "none", "--context", "40", "--batch", "none", "--decode-steps", "2", "--json", "-"]
     reports = []
-    for plane in (["--no-second-plane"], []):
+    for plane in (["--one-plane"], []):
         assert main(["bench", *options, *plane]) == 0
         reports.append(json.loads(capsys.readouterr().out))
     without, with_plane = reports
     assert with_plane["weight_bytes"] == without["weight_bytes"]
     assert with_plane["rows"][0]["bytes_read"] == without["rows"][0]["bytes_read"]
     assert (without["second_plane_bytes"], with_plane["second_plane_bytes"]) == (0, 320 * 64 * 17 // 32)
-    assert main(["bench", "--second-plane", "--weights", "q8"]) == 1
-    assert "go with random weights in q4" in capsys.readouterr().err
+    assert main(["bench", "--one-plane", "--weights", "q8"]) == 1
+    assert "--one-plane goes with random weights in q4" in capsys.readouterr().err
 
 
 def test_the_first_token_is_timed_to_the_first_line() -> None:

@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="MODEL", help="a folder, or a name on the Hub that was pulled")
     parser.add_argument("--weights", choices=WEIGHTS, help="how weights are kept (default: q4)")
     parser.add_argument(
-        "--second-plane",
-        action=argparse.BooleanOptionalAction,
-        help="whether random q4 weights have a head of two planes, as `gemma2 quantize` makes it (default: yes)",
+        "--one-plane", action="store_true", help="random q4 weights: as `gemma2 quantize --one-plane` makes them"
     )
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="dtype of keys and values")
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one for each core)")
@@ -92,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.decode_steps < 1:
         raise ConfigError(f"--decode-steps must be at least 1, but is {args.decode_steps}")
-    if args.second_plane is not None and (args.model is not None or args.weights not in (None, "q4")):
-        raise ConfigError("--second-plane and --no-second-plane go with random weights in q4")
+    if args.one_plane and (args.model is not None or args.weights not in (None, "q4")):
+        raise ConfigError("--one-plane goes with random weights in q4")
     if args.first_token and args.model is None:
         raise ConfigError("--first-token starts `gemma2 generate`, which needs files: name a --model")
     rows: list[Row] = []
@@ -197,7 +195,7 @@ def _make_random(args: argparse.Namespace, config: Gemma2Config, work: Work, pro
 
     weights = args.weights or "q4"
     kv_cache = {"auto": "float32" if weights == "float32" else "bfloat16"}.get(args.kv_cache, args.kv_cache)
-    second_plane = weights == "q4" and args.second_plane is not False
+    second_plane = weights == "q4" and not args.one_plane
     needed = weight_bytes(config, weights, second_plane=second_plane) + work.kv_bytes(config, kv_cache) + _ROOM
     memory = main_memory()
     if memory is not None and needed > memory.free_bytes:
