@@ -53,7 +53,7 @@ class Case:
     """Whether the blocks of a text lie in no order, as after long serving, or follow each other."""
 
     def __post_init__(self) -> None:
-        heads, kv_heads, head_dim = self.shape
+        _, kv_heads, head_dim = self.shape
         total = self.context + self.num_tokens
         per_sequence = -(-total // kernels.KV_BLOCK)
         num_blocks = per_sequence * self.num_sequences
@@ -151,7 +151,13 @@ def main() -> None:
         for name in args.shapes:
             shape = SHAPES[name]
 
-            def report(what: str, case: Case, action: Callable[[kernels.Runtime], None], name: str = name) -> None:
+            def report(
+                what: str,
+                case: Case,
+                action: Callable[[kernels.Runtime], None],
+                name: str = name,
+                peak: float = peak,
+            ) -> None:
                 took = best_seconds(lambda: action(runtime), args.threads, args.seconds) / case.num_layers
                 line = f"  {name:6}{what:34}{took * 1e6:11.1f} µs"
                 if action == case.append_again:
