@@ -25,12 +25,18 @@ struct RoundingError {
   double error = 0, weight = 0;
 };
 
+// How the rounding of one input's weights is made up for by others'; see rounding_feedback.h.
+struct Feedback {
+  const float* factors;  // (inputs, block), or null for none
+  int64_t block;         // inputs that are rounded together, a multiple of 64: row k is about the inputs of k's block
+};
+
 struct PackingKernels {
   // Writes all of `out.size_bytes()` at `data`. importance: (inputs) weights of the squared error, or null for 1.
-  // errors: (num_tiles) of every tile.
+  // feedback: for q4 and q8. errors: (num_tiles) of every tile.
   // Returns -1, or a row that holds NaN, infinity or a weight too large for the format; the output is then unusable.
-  int64_t (*pack)(ThreadPool&, const WeightRows& rows, const float* importance, const Matrix& out, uint8_t* data,
-                  RoundingError* errors);
+  int64_t (*pack)(ThreadPool&, const WeightRows& rows, const float* importance, const Feedback& feedback,
+                  const Matrix& out, uint8_t* data, RoundingError* errors);
   // out: (outputs, inputs).
   void (*unpack)(ThreadPool&, const Matrix& matrix, float* out);
 };

@@ -95,10 +95,9 @@ inline F32x16 inverse_of(F32x16 x) {
   return select(is_usable, F32x16::broadcast(1.0f) / select(is_usable, x, F32x16::broadcast(1.0f)), F32x16::zero());
 }
 
-// Chooses scales and codes of a half block. importance: (64), finite, >= 0; 0 from input `num_inputs` on.
+// Searches the scales of a half block and writes them. importance: (64), finite, >= 0.
 template <class Rounding>
-inline void round_half_block(HalfBlock& block, const float* importance, int num_inputs) {
-  const Rounding rounding;
+inline void choose_scales(HalfBlock& block, const float* importance, const Rounding& rounding) {
   F32x16 largest = F32x16::zero();
   for (int k = 0; k < kGroup; ++k) largest = max(largest, abs(F32x16::load(block.weights[k])));
   const F32x16 unit = inverse_of(largest);
@@ -115,20 +114,49 @@ inline void round_half_block(HalfBlock& block, const float* importance, int num_
     if (Rounding::kEitherSign) try_inverse(F32x16::zero() - inverse);
   }
   for (int i = 0; i < kRefinements; ++i) try_inverse(inverse_of(best.scale));
-  // A group without importance, as behind the last input, still gets a scale that its weights can use.
+  // Weights without importance still get a scale that they can use.
   const Mask16 has_fit = F32x16::zero() < best.gain;
   best.scale = select(has_fit, best.scale, largest * F32x16::broadcast(1.0f / 127.0f));
 
   const F32x16 largest_half = F32x16::broadcast(65504.0f);
   min(max(best.scale, F32x16::zero() - largest_half), largest_half).store_f16(block.scales);
-  const F32x16 scale = F32x16::load_f16(block.scales), inverse = inverse_of(scale);
-  const Mask16 is_zero = F32x16::zero() >= abs(inverse);
+}
+
+// Gives weights of a half block their codes, by the scales that were chosen.
+template <class Rounding>
+class Coder {
+ public:
+  Coder(HalfBlock& block, const Rounding& rounding)
+      : block_(block),
+        rounding_(rounding),
+        scale_(F32x16::load_f16(block.scales)),
+        inverse_(inverse_of(scale_)),
+        is_zero_(F32x16::zero() >= abs(inverse_)) {}
+
+  // Writes the codes of input k for the weights w, and returns what they stand for.
+  F32x16 round(int k, F32x16 w) {
+    const I32x16 code = select(is_zero_, I32x16::zero(), rounding_.code(w * inverse_));
+    code.store_i8(block_.codes[k]);
+    return rounding_.value(code) * scale_;
+  }
+
+ private:
+  HalfBlock& block_;
+  const Rounding& rounding_;
+  const F32x16 scale_, inverse_;
+  const Mask16 is_zero_;
+};
+
+// Rounds every weight of a half block to the nearest. importance is 0 from input `num_inputs` on.
+template <class Rounding>
+inline void round_half_block(HalfBlock& block, const float* importance, int num_inputs) {
+  const Rounding rounding;
+  choose_scales(block, importance, rounding);
+  Coder coder(block, rounding);
   ErrorSums sums;
   for (int k = 0; k < kGroup; ++k) {
-    const F32x16 w = F32x16::load(block.weights[k]);
-    const I32x16 code = select(is_zero, I32x16::zero(), rounding.code(w * inverse));
-    code.store_i8(block.codes[k]);
-    if (k < num_inputs) sums.add(w, rounding.value(code) * scale);
+    const F32x16 w = F32x16::load(block.weights[k]), rounded = coder.round(k, w);
+    if (k < num_inputs) sums.add(w, rounded);
   }
   sums.add_to(block.error);
 }

@@ -17,7 +17,8 @@ WeightRows weight_rows(const float* float32, const uint16_t* bfloat16, const A& 
 
 // Returns (Σ (w - rounded w)², Σ w²).
 nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& format, Array<uint8_t, 1> out,
-          const std::optional<Array<const float, 1>>& importance) {
+          const std::optional<Array<const float, 1>>& importance,
+          const std::optional<Array<const float, 2>>& feedback) {
   require(rows.outputs > 0 && rows.inputs > 0, "weights: there must be at least one row and one column");
   const Matrix matrix{weight_format(format), rows.outputs, rows.inputs, out.data()};
   require_shape(out, "out", 0, matrix.size_bytes());
@@ -32,11 +33,21 @@ nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& form
                                                              std::to_string(weighting[k]));
     }
   }
+  Feedback factors{nullptr, 0};
+  if (feedback) {
+    require(matrix.format == WeightFormat::q4 || matrix.format == WeightFormat::q8,
+            "feedback: is for q4 and q8, whose rounding has errors worth making up for");
+    require_shape(*feedback, "feedback", 0, rows.inputs);
+    factors = {feedback->data(), static_cast<int64_t>(feedback->shape(1))};
+    require(factors.block > 0 && factors.block % kGroup == 0,
+            "feedback: blocks must be multiples of " + std::to_string(kGroup) + ", but are " +
+                std::to_string(factors.block));
+  }
   std::vector<RoundingError> errors(static_cast<size_t>(matrix.num_tiles()));
   int64_t bad_row;
   {
     nb::gil_scoped_release release;
-    bad_row = packing_kernels(runtime.isa).pack(runtime.pool, rows, weighting, matrix, out.data(), errors.data());
+    bad_row = packing_kernels(runtime.isa).pack(runtime.pool, rows, weighting, factors, matrix, out.data(), errors.data());
   }
   require(bad_row < 0, "weights: row " + std::to_string(bad_row) + " holds NaN, infinity or a weight too large for " +
                            format);
@@ -53,16 +64,17 @@ nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& form
 void bind_packing(nb::module_& m) {
   const auto bind = [&](auto pack_weights) {
     m.def("pack_matrix", pack_weights, "runtime"_a, "weights"_a.noconvert(), "format"_a, "out"_a.noconvert(),
-          "importance"_a.noconvert() = nb::none());
+          "importance"_a.noconvert() = nb::none(), "feedback"_a.noconvert() = nb::none());
   };
   using Importance = std::optional<Array<const float, 1>>;
+  using Factors = std::optional<Array<const float, 2>>;
   bind([](Runtime& runtime, Array<const float, 2> weights, const std::string& format, Array<uint8_t, 1> out,
-          const Importance& importance) {
-    return pack(runtime, weight_rows(weights.data(), nullptr, weights), format, out, importance);
+          const Importance& importance, const Factors& feedback) {
+    return pack(runtime, weight_rows(weights.data(), nullptr, weights), format, out, importance, feedback);
   });
   bind([](Runtime& runtime, Array<const uint16_t, 2> weights, const std::string& format, Array<uint8_t, 1> out,
-          const Importance& importance) {
-    return pack(runtime, weight_rows(nullptr, weights.data(), weights), format, out, importance);
+          const Importance& importance, const Factors& feedback) {
+    return pack(runtime, weight_rows(nullptr, weights.data(), weights), format, out, importance, feedback);
   });
   m.def("unpack_matrix", [](Runtime& runtime, const Matrix& matrix) {
     auto* values = new float[static_cast<size_t>(matrix.outputs * matrix.inputs)];

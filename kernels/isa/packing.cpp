@@ -1,5 +1,6 @@
 // Packing of weights into the layouts of matrix.h, and back. A tile of 32 outputs is a task; it is packed half block by
-// half block: 16 outputs × 64 inputs are read and turned (half_block.h), rounded (scale_search.h) and written.
+// half block: 16 outputs × 64 inputs are read and turned (half_block.h), rounded (scale_search.h) and written. With
+// feedback (rounding_feedback.h) a half tile is turned a block of inputs at a time, and rounded group after group.
 //
 // bfloat16 rounds to nearest even, float32 keeps the bits. Weights beyond the last input or output are packed as zeros,
 // for which q4 has no code of its own: what it gives to inputs beyond the last is never read. No sum goes across lanes: the same bits for any instruction set and number of threads,
@@ -9,6 +10,7 @@
 #include <atomic>
 
 #include "half_block.h"
+#include "rounding_feedback.h"
 #include "scale_search.h"
 
 namespace gemma2::GEMMA2_ISA {
@@ -74,40 +76,98 @@ float limit_of(WeightFormat format) {
   }
 }
 
-int64_t pack(ThreadPool& pool, const WeightRows& rows, const float* importance, const Matrix& out, uint8_t* data,
-             RoundingError* errors) {
-  std::atomic<int64_t> bad_row{-1};
-  pool.parallel_for(out.num_tiles(), [&](int64_t tile, int) {
-    HalfBlock block;
-    uint8_t* at = data + tile * out.tile_bytes();
-    for (int64_t group = 0; group < out.num_groups(); ++group) {
-      const int num_inputs = static_cast<int>(out.inputs - group * kGroup < kGroup ? out.inputs - group * kGroup : kGroup);
-      alignas(64) float weighting[kGroup];
-      for (int k = 0; k < kGroup; ++k) {
-        weighting[k] = k >= num_inputs ? 0.0f : importance == nullptr ? 1.0f : importance[group * kGroup + k];
-      }
-      for (int half = 0; half < 2; ++half) {
-        const int64_t bad = read_half_block(rows, tile * kTile + half * kLanesPerHalf, group * kGroup,
-                                            limit_of(out.format), block);
-        if (bad >= 0) {
-          bad_row = bad;
-          return;
-        }
-        switch (out.format) {
-          case WeightFormat::q4:
-            round_half_block<Q4Rounding>(block, weighting, num_inputs);
-            write(block, half, reinterpret_cast<Q4Block*>(at)[group]);
-            break;
-          case WeightFormat::q8:
-            round_half_block<Q8Rounding>(block, weighting, num_inputs);
-            write(block, half, reinterpret_cast<Q8Block*>(at)[group]);
-            break;
-          case WeightFormat::bfloat16: write_bfloat16(block, half, group, reinterpret_cast<uint16_t*>(at)); break;
-          case WeightFormat::float32: write_float32(block, half, group, reinterpret_cast<float*>(at)); break;
-        }
+int inputs_of_group(const Matrix& matrix, int64_t group) {
+  const int64_t left = matrix.inputs - group * kGroup;
+  return static_cast<int>(left < kGroup ? left : kGroup);
+}
+
+void read_importance(const float* importance, int64_t group, int num_inputs, float* out) {
+  for (int k = 0; k < kGroup; ++k) {
+    out[k] = k >= num_inputs ? 0.0f : importance == nullptr ? 1.0f : importance[group * kGroup + k];
+  }
+}
+
+// Packs a tile at `data`. Returns -1 or a row that does not fit.
+int64_t pack_tile(const WeightRows& rows, const float* importance, const Matrix& out, int64_t tile, uint8_t* data,
+                  RoundingError& error) {
+  HalfBlock block;
+  alignas(64) float weighting[kGroup];
+  for (int64_t group = 0; group < out.num_groups(); ++group) {
+    const int num_inputs = inputs_of_group(out, group);
+    read_importance(importance, group, num_inputs, weighting);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t bad = read_half_block(rows, tile * kTile + half * kLanesPerHalf, group * kGroup,
+                                          limit_of(out.format), block);
+      if (bad >= 0) return bad;
+      switch (out.format) {
+        case WeightFormat::q4:
+          round_half_block<Q4Rounding>(block, weighting, num_inputs);
+          write(block, half, reinterpret_cast<Q4Block*>(data)[group]);
+          break;
+        case WeightFormat::q8:
+          round_half_block<Q8Rounding>(block, weighting, num_inputs);
+          write(block, half, reinterpret_cast<Q8Block*>(data)[group]);
+          break;
+        case WeightFormat::bfloat16: write_bfloat16(block, half, group, reinterpret_cast<uint16_t*>(data)); break;
+        case WeightFormat::float32: write_float32(block, half, group, reinterpret_cast<float*>(data)); break;
       }
     }
-    errors[tile] = block.error;
+  }
+  error = block.error;
+  return -1;
+}
+
+// The same with feedback, for Block = Q4Block or Q8Block. strip: (feedback.block, 16) floats.
+template <class Rounding, class Block>
+int64_t pack_tile_with_feedback(const WeightRows& rows, const float* importance, const Feedback& feedback,
+                                const Matrix& out, int64_t tile, uint8_t* data, RoundingError& error, float* strip) {
+  HalfBlock block;
+  alignas(64) float weighting[kGroup];
+  const float limit = limit_of(out.format);
+  const int64_t groups_per_block = feedback.block / kGroup;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first_row = tile * kTile + half * kLanesPerHalf;
+    for (int64_t begin = 0; begin < out.num_groups(); begin += groups_per_block) {
+      const int64_t end = begin + groups_per_block < out.num_groups() ? begin + groups_per_block : out.num_groups();
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t bad = read_half_block(rows, first_row, group * kGroup, limit, block);
+        if (bad >= 0) return bad;
+        __builtin_memcpy(strip + (group - begin) * kGroup * kLanesPerHalf, block.weights, sizeof block.weights);
+      }
+      for (int64_t group = begin; group < end; ++group) {
+        const int num_inputs = inputs_of_group(out, group);
+        read_importance(importance, group, num_inputs, weighting);
+        read_half_block(rows, first_row, group * kGroup, limit, block);
+        round_group_with_feedback<Rounding>(strip, (group - begin) * kGroup, (end - begin) * kGroup,
+                                            feedback.factors + group * kGroup * feedback.block, feedback.block,
+                                            weighting, num_inputs, block);
+        write(block, half, reinterpret_cast<Block*>(data)[group]);
+      }
+    }
+  }
+  error = block.error;
+  return -1;
+}
+
+int64_t pack(ThreadPool& pool, const WeightRows& rows, const float* importance, const Feedback& feedback,
+             const Matrix& out, uint8_t* data, RoundingError* errors) {
+  std::atomic<int64_t> bad_row{-1};
+  AlignedArray<float> strips;
+  const int64_t strip_size = feedback.block * kLanesPerHalf;
+  if (feedback.factors != nullptr) strips = aligned_zeros<float>(pool.num_threads() * strip_size);
+  pool.parallel_for(out.num_tiles(), [&](int64_t tile, int thread) {
+    uint8_t* at = data + tile * out.tile_bytes();
+    int64_t bad;
+    if (feedback.factors == nullptr) {
+      bad = pack_tile(rows, importance, out, tile, at, errors[tile]);
+    } else if (out.format == WeightFormat::q4) {
+      bad = pack_tile_with_feedback<Q4Rounding, Q4Block>(rows, importance, feedback, out, tile, at, errors[tile],
+                                                         strips.get() + thread * strip_size);
+    } else {
+      bad = pack_tile_with_feedback<Q8Rounding, Q8Block>(rows, importance, feedback, out, tile, at, errors[tile],
+                                                         strips.get() + thread * strip_size);
+    }
+    if (bad >= 0) bad_row = bad;
   });
   return bad_row;
 }

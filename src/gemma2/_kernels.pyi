@@ -139,12 +139,14 @@ def pack_matrix(
     format: str,
     out: npt.NDArray[np.uint8],
     importance: npt.NDArray[np.float32] | None = None,
+    feedback: npt.NDArray[np.float32] | None = None,
 ) -> tuple[float, float]:
     """Rounds weights (outputs, inputs), float32 or the bits of bfloat16, into `out`: (matrix_bytes,), 64-byte aligned.
 
-    importance: (inputs,) weights of the squared error. Ranges of rows that start at multiples of 32 can be packed one
-    by one. Returns the sums of (w - rounded w)² and of w². Raises ValueError for NaN, infinity, and weights beyond the
-    format's range.
+    importance: (inputs,) weights of the squared error. feedback: (inputs, block), for q4 and q8: row k says how much of
+    the error at input k is taken off each input of its block; those up to k are not read. Ranges of rows that start at
+    multiples of 32 can be packed one by one. Returns the sums of (w - rounded w)² and of w². Raises ValueError for NaN,
+    infinity, and weights beyond the format's range.
     """
 
 def unpack_matrix(runtime: Runtime, matrix: Matrix) -> npt.NDArray[np.float32]:

@@ -181,9 +181,9 @@ def test_a_terminal_sees_a_bar_and_can_stop(source: Path, tmp_path: Path) -> Non
     code = (
         "import os, signal, sys; import gemma2.quantization.packing as packing; from gemma2.cli.main import main\n"
         "original = packing.Packer.pack\n"
-        "def pack(self, rows, out):\n"
+        "def pack(self, rows, out, **options):\n"
         "    if rows.shape[0] == 1792: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return original(self, rows, out)\n"
+        "    return original(self, rows, out, **options)\n"
         "packing.Packer.pack = pack\n"
         f"sys.exit(main(['quantize', {str(model)!r}, {str(tmp_path / 'stopped')!r}]))"
     )

@@ -275,3 +275,103 @@ def test_what_rounding_did_is_returned() -> None:
         restored = unpack(out, weight_format, weights.shape).astype(np.float64)
         assert weight == pytest.approx(np.sum(weights.astype(np.float64) ** 2), rel=1e-5)
         assert error == pytest.approx(np.sum((weights - restored) ** 2), rel=1e-4)
+
+
+# -- Feedback ---------------------------------------------------------------------------------------------------------
+
+
+def alike_inputs(num_inputs: int, *, seed: int = 0) -> Floats:
+    """Inputs that share a few causes: (rows, num_inputs)."""
+    random = np.random.default_rng(seed)
+    causes = random.normal(size=(8 * num_inputs, max(1, num_inputs // 8)))
+    x = causes @ random.normal(size=(causes.shape[1], num_inputs)) / causes.shape[1] ** 0.5
+    return (x + 0.3 * random.normal(size=x.shape)).astype(np.float32)
+
+
+def feedback_of(x: Floats, block: int) -> tuple[Floats, Floats]:
+    """Importance and factors, straight from the definition: U upper with Uᵀ·U = H⁻¹."""
+    num_inputs = x.shape[1]
+    importance, factors = np.ones(num_inputs, np.float32), np.zeros((num_inputs, block), np.float32)
+    for first in range(0, num_inputs, block):
+        part = x[:, first : first + block].astype(np.float64)
+        inverse = np.linalg.inv(part.T @ part)
+        upper = np.linalg.cholesky(inverse).T
+        diagonal = np.diag(upper)
+        importance[first : first + block] = 1 / diagonal**2
+        factors[first : first + block, : part.shape[1]] = upper / diagonal[:, None]
+    return importance, factors
+
+
+def output_error(x: Floats, weights: Floats, rounded: Floats) -> float:
+    return float(np.linalg.norm(x @ (weights - rounded).T) / np.linalg.norm(x @ weights.T))
+
+
+@pytest.mark.parametrize("weight_format", ["q8", "q4"])
+@pytest.mark.parametrize(("num_inputs", "block"), [(64, 64), (200, 256), (200, 64), (320, 128)])
+def test_feedback_lowers_the_error_of_outputs(weight_format: str, num_inputs: int, block: int) -> None:
+    weights, x = normal(40, num_inputs), alike_inputs(num_inputs)
+    importance, factors = feedback_of(x, block)
+    alone = unpack(pack(weights, weight_format), weight_format, weights.shape)
+    out = aligned(kernels.matrix_bytes(weight_format, *weights.shape))
+    kernels.pack_matrix(kernels.Runtime(1), weights, weight_format, out, importance, factors)
+    together = unpack(out, weight_format, weights.shape)
+    np.testing.assert_array_equal(together, unpack_by_the_book(out, weight_format, (40, num_inputs)))
+    gain = 0.75 if block >= num_inputs else 0.92  # blocks know nothing of each other
+    assert output_error(x, weights, together) < gain * output_error(x, weights, alone)
+    assert relative_error(weights, together) > relative_error(weights, alone)
+
+
+def test_feedback_is_the_algorithm_of_the_book() -> None:
+    """The codes are those of the recursion in float64, given the scales that were chosen; ties may differ."""
+    weights, x = normal(32, 192), alike_inputs(192)
+    importance, factors = feedback_of(x, 192)
+    data = aligned(kernels.matrix_bytes("q4", 32, 192))
+    kernels.pack_matrix(kernels.Runtime(1), weights, "q4", data, importance, factors)
+    scales = np.ascontiguousarray(data.reshape(-1, 1088)[:, -64:]).view(np.float16).astype(np.float64).T
+    rest, expected = weights.astype(np.float64), np.empty((32, 192))
+    for k in range(192):
+        expected[:, k] = rounded_to(rest[:, k, None], scales[:, k // 64, None], "q4")[:, 0]
+        rest[:, k + 1 :] -= (rest[:, k] - expected[:, k])[:, None] * factors[k, k + 1 :]
+    same = np.isclose(unpack(data, "q4", (32, 192)), expected, rtol=1e-5, atol=0).all(axis=1)
+    assert same.mean() > 0.9  # a row in which one code fell the other way goes another way from there
+
+
+def test_feedback_gives_the_same_bits_everywhere() -> None:
+    weights, x = normal(70, 200), alike_inputs(200)
+    importance, factors = feedback_of(x, 128)
+    runs = [("scalar", 1), *((isa, num_threads) for isa in kernels.available_isas() for num_threads in (1, 2, 3))]
+    for weight_format in ("q8", "q4"):
+        packed = []
+        for isa, num_threads in runs:
+            out = aligned(kernels.matrix_bytes(weight_format, 70, 200))
+            kernels.pack_matrix(kernels.Runtime(num_threads, isa), weights, weight_format, out, importance, factors)
+            packed.append(out)
+        for out in packed[1:]:
+            np.testing.assert_array_equal(out, packed[0])
+        last = aligned(kernels.matrix_bytes(weight_format, 38, 200))
+        kernels.pack_matrix(kernels.Runtime(1), weights[32:], weight_format, last, importance, factors)
+        np.testing.assert_array_equal(last, packed[0][len(packed[0]) // 3 :])
+
+
+def test_feedback_of_zeros_is_none() -> None:
+    weights = normal(40, 200)
+    for weight_format in ("q8", "q4"):
+        out = aligned(kernels.matrix_bytes(weight_format, 40, 200))
+        zeros = np.zeros((200, 128), np.float32)
+        error = kernels.pack_matrix(kernels.Runtime(1), weights, weight_format, out, None, zeros)
+        np.testing.assert_array_equal(out, pack(weights, weight_format))
+        restored = unpack(out, weight_format, weights.shape).astype(np.float64)
+        assert error[0] == pytest.approx(np.sum((weights - restored) ** 2), rel=1e-4)
+
+
+def test_bad_feedback() -> None:
+    weights, runtime, out = normal(32, 64), kernels.Runtime(1), aligned(1088)
+    with pytest.raises(ValueError, match="feedback: axis 0 must be 64, but is 32"):
+        kernels.pack_matrix(runtime, weights, "q4", out, None, np.zeros((32, 64), np.float32))
+    with pytest.raises(ValueError, match="feedback: blocks must be multiples of 64, but are 63"):
+        kernels.pack_matrix(runtime, weights, "q4", out, None, np.zeros((64, 63), np.float32))
+    with pytest.raises(ValueError, match="feedback: is for q4 and q8"):
+        kernels.pack_matrix(runtime, weights, "bfloat16", aligned(4096), None, np.zeros((64, 64), np.float32))
+    weights[3, 4] = np.nan
+    with pytest.raises(ValueError, match="row 3 holds NaN"):
+        kernels.pack_matrix(runtime, weights, "q4", out, None, np.zeros((64, 64), np.float32))

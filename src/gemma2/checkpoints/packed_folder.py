@@ -20,6 +20,7 @@ from gemma2.checkpoints.packing import Progress, packed_pieces
 from gemma2.checkpoints.staging import clear_errors, publish, require_room, staging_folder
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError
+from gemma2.quantization.feedback import Calibration
 from gemma2.quantization.packing import RoundingError, packed_sizes
 
 _FURTHER_FILES: Final = ("generation_config.json", *TOKENIZER_FILES)
@@ -65,6 +66,7 @@ def save_packed(
     *,
     num_threads: int,
     second_plane: bool | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> dict[str, RoundingError]:
     """Packs a model into a folder that `open_packed` reads.
@@ -79,10 +81,13 @@ def save_packed(
         weight_format: one of `PACKED_FORMATS`.
         num_threads: threads that round.
         second_plane: whether the head gets two planes of 4 bits, see `SECOND_PLANE`; None: in q4.
+        calibration: what tells how errors make up for each other, for q8 and q4; left out, weights are rounded each on
+            its own.
         progress: is told of the bytes of the checkpoint that are done, and all.
 
     Returns:
-        What rounding did to each tensor; by the name of the second plane, what both planes do to the embedding.
+        What rounding did to each tensor, or with a calibration to its outputs; by the name of the second plane, what
+        both planes do to the embedding.
 
     Raises:
         CheckpointError: the folder is not empty and not one of packed weights; a weight does not fit the format; the
@@ -98,6 +103,7 @@ def save_packed(
             weight_format,
             num_threads=num_threads,
             second_plane=second_plane,
+            calibration=calibration,
             progress=progress,
         )
         for name in _FURTHER_FILES:
@@ -116,6 +122,7 @@ def write_packed_file(
     *,
     num_threads: int,
     second_plane: bool | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> dict[str, RoundingError]:
     """Packs a model into one file; arguments and result as those of `save_packed`.
@@ -127,7 +134,12 @@ def write_packed_file(
     errors: dict[str, RoundingError] = {}
     with PackedWriter(file, checkpoint.config, weight_format, second_plane=second_plane) as writer:
         for piece in packed_pieces(
-            checkpoint, weight_format, num_threads=num_threads, second_plane=second_plane, progress=progress
+            checkpoint,
+            weight_format,
+            num_threads=num_threads,
+            second_plane=second_plane,
+            calibration=calibration,
+            progress=progress,
         ):
             writer.write(piece.name, piece.data)
             errors[piece.name] = errors.get(piece.name, RoundingError()) + piece.error

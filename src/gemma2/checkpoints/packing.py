@@ -6,7 +6,7 @@ is rounded the next is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +19,7 @@ from gemma2.checkpoints.safetensors_format import DTYPES
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError
 from gemma2.quantization import SECOND_PLANE, PackedModel, packed_shapes
+from gemma2.quantization.feedback import Calibration, Feedback
 from gemma2.quantization.packing import (
     ALIGNMENT,
     EMBEDDING,
@@ -55,31 +56,47 @@ def packed_pieces(
     *,
     num_threads: int,
     second_plane: bool | None = None,
+    calibration: Calibration | None = None,
+    names: Iterable[str] | None = None,
     memory: Mapping[str, npt.NDArray[np.uint8]] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[PackedPiece]:
-    """Packs all weights.
+    """Packs all weights, or some.
 
     Args:
         checkpoint: an opened model folder.
         weight_format: one of `PACKED_FORMATS`.
         num_threads: threads that round; one more reads.
         second_plane: whether to make `SECOND_PLANE` too; None: in q4, the one format that has it.
+        calibration: what tells how errors make up for each other, for q8 and q4; left out, weights are rounded each on
+            its own.
+        names: which packed tensors, in this order; left out, all in the order of use, but with a calibration the
+            embedding last.
         memory: where to put each tensor, in the sizes of `packed_sizes`; left out, each piece gets memory of its own.
         progress: is told of the bytes that are done.
 
     Yields:
-        The pieces of every tensor in the order of `packed_sizes`, those of one tensor from its first byte to its last;
-        but a piece of the second plane comes after each piece of the embedding, and its error is that of both planes.
+        The pieces of every tensor, from its first byte to its last. A piece of the second plane comes after each piece
+        of the embedding, and its error is that of both planes. With a calibration, other errors are those of outputs.
 
     Raises:
         CheckpointError: a weight is NaN, infinite or too large for the format, or a file cannot be read.
     """
     packer = Packer(weight_format, num_threads)
     has_plane = with_second_plane(weight_format, second_plane)
+    if calibration is not None and weight_format not in ("q8", "q4"):
+        raise ValueError(f"a calibration is for q8 and q4, but the format is {weight_format}")
+    if names is None:
+        names = list(packed_parts(checkpoint.config))
+        if calibration is not None:
+            names = [*(name for name in names if name != EMBEDDING), EMBEDDING]
     num_bytes, num_done = checkpoint.num_bytes, 0
-    for part, values in _read_ahead(_ranges(checkpoint)):
-        yield from _pack(packer, part, values, memory, second_plane=has_plane)
+    feedback: Feedback | None = None
+    for part, values in _read_ahead(_ranges(checkpoint, names)):
+        if calibration is not None and values.ndim == 2 and part.first_row == 0:
+            feedback = None  # goes before the next comes
+            feedback = calibration.feedback(part.name)
+        yield from _pack(packer, part, values, memory, feedback, second_plane=has_plane)
         num_done += part.num_stored_bytes
         if progress is not None:
             progress(num_done, num_bytes)
@@ -91,6 +108,7 @@ def pack_model(
     *,
     num_threads: int,
     second_plane: bool | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> PackedModel:
     """Packs all weights in memory; arguments and errors as those of `packed_pieces`."""
@@ -106,6 +124,7 @@ def pack_model(
         weight_format,
         num_threads=num_threads,
         second_plane=second_plane,
+        calibration=calibration,
         memory=memory,
         progress=progress,
     ):
@@ -167,9 +186,10 @@ def _read_rows(rows: _Rows) -> npt.NDArray[Any]:
     return array.astype(np.float32) if rows.tensor.dtype == "F16" else array
 
 
-def _ranges(checkpoint: Checkpoint) -> Iterator[_Range]:
-    for name, parts in packed_parts(checkpoint.config).items():
-        tensors = [checkpoint.tensors[part] for part in parts]
+def _ranges(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[_Range]:
+    parts = packed_parts(checkpoint.config)
+    for name in names:
+        tensors = [checkpoint.tensors[part] for part in parts[name]]
         if len(tensors[0].shape) == 1:
             yield _Range(name, 0, (_Rows(tensors[0], 0, 1),))
             continue
@@ -210,6 +230,7 @@ def _pack(
     part: _Range,
     values: npt.NDArray[Any],
     memory: Mapping[str, npt.NDArray[np.uint8]] | None,
+    feedback: Feedback | None,
     *,
     second_plane: bool,
 ) -> Iterator[PackedPiece]:
@@ -226,9 +247,11 @@ def _pack(
     names = [part.name, SECOND_PLANE] if second_plane and part.name == EMBEDDING else [part.name]
     places = [aligned_memory(size) if memory is None else memory[name][first : first + size] for name in names]
     try:
-        error = packer.pack(values, places[0])
+        error = packer.pack(values, places[0], feedback=feedback)
     except ValueError:
         raise CheckpointError(_explain_unfit(part, values, packer.format)) from None
+    if feedback is not None:
+        error = packer.output_error(values, places[0], feedback.samples)
     yield PackedPiece(name=part.name, first_byte=first, data=places[0], error=error)
     if len(places) == 2:
         both = packer.pack_lost(values, places[0], places[1])

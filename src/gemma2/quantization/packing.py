@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
+from gemma2.quantization.feedback import Feedback
 from gemma2.quantization.packed_model import PACKED_FORMATS, SECOND_PLANE, packed_shapes
 
 ROUNDING_VERSION: Final = 1
@@ -19,6 +20,7 @@ ALIGNMENT: Final = 64
 """What the address of every packed tensor is a multiple of, as the kernels need it."""
 TILE: Final = kernels.TILE
 """Rows that are packed together. Ranges of rows that begin at its multiples can be packed one by one."""
+_NUM_SAMPLED_ROWS: Final = 8 * kernels.TILE
 EMBEDDING: Final = "model.embed_tokens.weight"
 
 _FUSED: Final = {
@@ -34,12 +36,12 @@ _PRIVATE: Final[dict[str, Any]] = (
 
 @dataclass(frozen=True, kw_only=True)
 class RoundingError:
-    """What rounding did to some weights."""
+    """What rounding did to some weights, or to what they put out."""
 
     squared_error: float = 0.0
-    """Sum of (w - rounded w)²."""
+    """Sum of (w - rounded w)², or of the outputs' errors squared."""
     squared_weight: float = 0.0
-    """Sum of w²."""
+    """Sum of w², or of the outputs squared."""
 
     def __add__(self, other: RoundingError) -> RoundingError:
         return RoundingError(
@@ -49,7 +51,7 @@ class RoundingError:
 
     @property
     def relative(self) -> float:
-        """The relative root mean square error of the outputs for inputs that are independent and all alike."""
+        """The root of their quotient; of weights, it is that of outputs too if inputs are independent and alike."""
         return (self.squared_error / self.squared_weight) ** 0.5 if self.squared_weight else 0.0
 
 
@@ -124,17 +126,25 @@ class Packer:
         """The packed size of so many rows. Rows before a multiple of `TILE` take a whole number of tiles."""
         return kernels.matrix_bytes(self.format, num_rows, num_inputs) if num_rows else 0
 
-    def pack(self, rows: npt.NDArray[Any], out: npt.NDArray[np.uint8]) -> RoundingError:
+    def pack(
+        self, rows: npt.NDArray[Any], out: npt.NDArray[np.uint8], *, feedback: Feedback | None = None
+    ) -> RoundingError:
         """Rounds some rows.
 
         Args:
             rows: (outputs, inputs) float32, or the bits of bfloat16 as uint16.
             out: (num_bytes,), written; at a multiple of `ALIGNMENT`.
+            feedback: how errors make up for each other, for q8 and q4; left out, every weight is rounded on its own.
 
         Raises:
             ValueError: a weight is NaN, infinite or too large for the format.
         """
-        error, weight = kernels.pack_matrix(self._runtime, rows, self.format, out)
+        if feedback is None:
+            error, weight = kernels.pack_matrix(self._runtime, rows, self.format, out)
+        else:
+            error, weight = kernels.pack_matrix(
+                self._runtime, rows, self.format, out, feedback.importance, feedback.factors
+            )
         return RoundingError(squared_error=error, squared_weight=weight)
 
     def pack_lost(
@@ -157,6 +167,25 @@ class Packer:
         error, _ = kernels.pack_matrix(self._runtime, lost, self.format, out)
         flat = exact.reshape(-1)
         return RoundingError(squared_error=error, squared_weight=float(np.dot(flat, flat)))
+
+    def output_error(
+        self, rows: npt.NDArray[Any], packed: npt.NDArray[np.uint8], samples: npt.NDArray[np.float32]
+    ) -> RoundingError:
+        """What rounding does to the outputs of the first of some rows, for these inputs.
+
+        Args:
+            rows: as they were given to `pack`.
+            packed: what `pack` made of them.
+            samples: (n, inputs).
+        """
+        count = min(len(rows), _NUM_SAMPLED_ROWS)
+        exact = rows[:count] if rows.dtype == np.float32 else bfloat16_to_float32(rows[:count])
+        data = packed[: self.num_bytes(*exact.shape)]
+        rounded = kernels.unpack_matrix(self._runtime, kernels.Matrix(self.format, count, exact.shape[1], data))
+        outputs, errors = samples @ exact.T, samples @ (exact - rounded).T
+        return RoundingError(
+            squared_error=float(np.sum(errors * errors)), squared_weight=float(np.sum(outputs * outputs))
+        )
 
 
 def layout_of(weight_format: str) -> dict[str, str]:
