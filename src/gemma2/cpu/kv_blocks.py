@@ -29,6 +29,11 @@ FREED: Final = -1
 """In a table: a block that a local layer has given back."""
 
 
+def _zeros(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """(num_bytes,) zeros, for which the system gives pages as they are first written: unused room costs nothing."""
+    return np.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+
+
 class BlockPool:
     """Ids of blocks, each with a count of the tables that hold it."""
 
@@ -99,14 +104,13 @@ class LayerCaches:
         """Tokens that a query sees, itself included; 0 for all."""
         self.pool = BlockPool(num_blocks)
         block_bytes = kernels.KVCache.block_bytes(dtype, config.num_key_value_heads, config.head_dim)
-        # Anonymous memory: the system gives a page when it is first written, so room for many sequences costs nothing.
         self.layers: dict[int, kernels.KVCache] = {
             layer: kernels.KVCache(
                 dtype,
                 config.num_key_value_heads,
                 config.head_dim,
                 num_blocks,
-                np.frombuffer(mmap.mmap(-1, num_blocks * block_bytes), dtype=np.uint8),
+                _zeros(num_blocks * block_bytes),
             )
             for layer in layers
         }
