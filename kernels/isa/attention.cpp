@@ -1,7 +1,7 @@
 // Attention of rows over the cache.
 //
 //   s = q · k, y = cap · tanh(s / cap) (cap 0: y = s), weight p = exp(y - m) for the keys that the row sees, else 0
-//   out = Σ p · v / Σ p
+//   out = Σ p · v · (1 / Σ p)
 //
 // A row at position p sees the keys at p - window + 1 … p (window 0: 0 … p), by absolute position.
 //
@@ -94,11 +94,11 @@ struct Tile {
   }
 
   void finish(int64_t row, const float* total) const {
-    const F32x16 sum = F32x16::broadcast(reduce_add(F32x16::load(total + padded)));
+    const F32x16 inverse = F32x16::broadcast(1.0f / reduce_add(F32x16::load(total + padded)));
     float* out = work.args.out + work.head_at(row);
     for (int64_t d = 0; d < work.head_dim; d += 16) {
       const int n = static_cast<int>(at_most(work.head_dim - d, 16));
-      (F32x16::load(total + d) / sum).store_partial(out + d, n);
+      (F32x16::load(total + d) * inverse).store_partial(out + d, n);
     }
   }
 };

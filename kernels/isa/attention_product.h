@@ -17,16 +17,17 @@
 namespace gemma2::GEMMA2_ISA {
 
 // Lines and tiles of columns of a register tile. 32 registers of AVX-512: 6 × 4 sums, 4 of b, 1 of a. AVX2 has 16
-// registers, two to a vector, and bfloat16 needs both halves of b and of a. NEON has 32, four to a vector.
+// registers, two to a vector, and bfloat16 needs both halves of b and of a: 4 × 1 or 2 × 2 sums. NEON has 32, four to a
+// vector. Few lines take more columns, so that there are chains enough to hide the latency of an addition.
 #if defined(GEMMA2_ISA_AVX512)
 constexpr int kMaxLines = 6;
-constexpr int kMaxColumns = kGroupTiles;
+constexpr int columns_for(int64_t) { return kGroupTiles; }
 #elif defined(GEMMA2_ISA_SCALAR)
 constexpr int kMaxLines = 2;
-constexpr int kMaxColumns = 1;
+constexpr int columns_for(int64_t) { return 1; }
 #else
 constexpr int kMaxLines = 4;
-constexpr int kMaxColumns = 1;
+constexpr int columns_for(int64_t lines) { return lines <= 2 ? 2 : 1; }
 #endif
 
 struct DotFloat32 {
@@ -156,7 +157,7 @@ void register_tile(const Lines& a, const Columns& b, int64_t steps, const Stream
   }
 }
 
-// At most kMaxLines lines and kMaxColumns tiles of columns.
+// At most kMaxLines lines and columns_for(lines) tiles of columns.
 template <class Dot, bool is_stream, int lines = kMaxLines>
 inline void multiply(int num_lines, int num_columns, const Lines& a, const Columns& b, int64_t steps,
                      const Stream& stream, uint32_t* out, int64_t out_stride) {
@@ -165,9 +166,12 @@ inline void multiply(int num_lines, int num_columns, const Lines& a, const Colum
       return multiply<Dot, is_stream, lines - 1>(num_lines, num_columns, a, b, steps, stream, out, out_stride);
     }
   }
-  if constexpr (kMaxColumns >= 4) {
+  constexpr int most = columns_for(lines);
+  if constexpr (most >= 4) {
     if (num_columns == 4) return register_tile<Dot, is_stream, lines, 4>(a, b, steps, stream, out, out_stride);
     if (num_columns == 3) return register_tile<Dot, is_stream, lines, 3>(a, b, steps, stream, out, out_stride);
+  }
+  if constexpr (most >= 2) {
     if (num_columns == 2) return register_tile<Dot, is_stream, lines, 2>(a, b, steps, stream, out, out_stride);
   }
   register_tile<Dot, is_stream, lines, 1>(a, b, steps, stream, out, out_stride);

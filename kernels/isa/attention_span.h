@@ -57,7 +57,11 @@ struct SpanWork {
   }
 
   void pack_queries() const {
+    constexpr int64_t kRowsAhead = 6;  // the pieces of a head are too short for the processor to see a stream
     for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t d = 0; d < head_dim && row + kRowsAhead < rows; d += 16) {
+        __builtin_prefetch(args.queries + head_at(row + kRowsAhead) + d, 0, 3);
+      }
       const float* q = args.queries + head_at(row);
       if constexpr (type != CacheType::int8) {
         uint32_t* to = scratch.queries + row * key_steps;
@@ -165,12 +169,13 @@ struct SpanWork {
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       key_tiles[tile] = keys[tile / kBlockTiles] + tile % kBlockTiles * kVectorBytes;
     }
-    for (int64_t tile = first_tile; tile < last_tile; tile += kMaxColumns) {
+    const int most = columns_for(at_most(lines, kMaxLines));
+    for (int64_t tile = first_tile; tile < last_tile; tile += most) {
       for_lines([&](int64_t line, int num_lines, int64_t first_row, int64_t last_row) {
         int64_t first, last;
         tiles_seen(first_row, last_row, first, last);
-        last = at_most(last, tile + kMaxColumns);
-        if (tile >= last || tile + kMaxColumns <= first) return;
+        last = at_most(last, tile + most);
+        if (tile >= last || tile + most <= first) return;
         multiply<Dot, false>(num_lines, static_cast<int>(last - tile), queries_at(line),
                              {key_tiles + tile, key_steps, 0, 1, 0, kKeyStepBytes, 0}, key_steps, {},
                              scratch.scores + line * kSpanTokens + tile * 16, kSpanTokens);
@@ -181,12 +186,13 @@ struct SpanWork {
   void compute_values() const {
     [[maybe_unused]] const typename Dot::Mode mode;
     const int64_t dim_tiles = shape.layout.dim_tiles();
-    for (int64_t tile = 0; tile < dim_tiles; tile += kMaxColumns) {
+    const int most = columns_for(at_most(lines, kMaxLines));
+    for (int64_t tile = 0; tile < dim_tiles; tile += most) {
       for_lines([&](int64_t line, int num_lines, int64_t first_row, int64_t last_row) {
         int64_t first, last;
         tiles_seen(first_row, last_row, first, last);
         const int64_t block = first / kBlockTiles, num_tiles = last - block * kBlockTiles;
-        multiply<Dot, false>(num_lines, static_cast<int>(at_most(kMaxColumns, dim_tiles - tile)),
+        multiply<Dot, false>(num_lines, static_cast<int>(at_most(most, dim_tiles - tile)),
                              weights_at(line, block),
                              value_columns(values + block, tile),
                              num_tiles * 16 / pack, {}, scratch.span_values + line * padded + tile * 16, padded);
@@ -200,18 +206,40 @@ struct SpanWork {
     return next == block + block_bytes ? kStreamAhead : next - block;
   }
 
+  // All lines times a group of tiles of columns, which lie beside one another in memory. Where a register tile takes
+  // fewer of them, a page goes through the nearest cache: all its steps for some tiles, then for the others.
+  void stream_columns(int64_t num_tiles, Lines a, Columns b, int64_t steps, Stream stream, uint32_t* out,
+                      int64_t out_stride) const {
+    const int64_t most = columns_for(lines);
+    if (most >= kGroupTiles) {
+      multiply<Dot, true>(static_cast<int>(lines), static_cast<int>(num_tiles), a, b, steps, stream, out, out_stride);
+      return;
+    }
+    constexpr int64_t kPage = 4096;
+    const int64_t chunk = kPage / b.step_bytes, ahead = stream.ahead == kStreamAhead ? kPage : stream.ahead;
+    stream.ahead = 0;
+    for (int64_t step = 0; step < steps; step += chunk) {
+      for (int64_t i = 0; i < kPage; i += 64) __builtin_prefetch(b.at(0, 0) + i + ahead, 0, 2);
+      for (int64_t tile = 0; tile < num_tiles; tile += most) {
+        Columns some = b;
+        some.offset += tile * kVectorBytes;
+        multiply<Dot, true>(static_cast<int>(lines), static_cast<int>(at_most(most, num_tiles - tile)), a, some,
+                            at_most(chunk, steps - step), stream, out + tile * 16, out_stride);
+      }
+      a.values += chunk;
+      b.offset += chunk * b.step_bytes;
+      stream.resumes = true;
+    }
+  }
+
   void stream_scores() const {
     [[maybe_unused]] const typename Dot::Mode mode;
     for (int64_t i = first_tile / kBlockTiles; i * kBlockTiles < last_tile; ++i) {
       const uint8_t* next = (i + 1) * kBlockTiles < last_tile ? keys[i + 1] : values[first_tile / kBlockTiles];
       const Stream stream{false, distance(keys[i], shape.layout.key_bytes(), next)};
       const int64_t num_tiles = at_most(last_tile - i * kBlockTiles, kBlockTiles);
-      for (int64_t tile = 0; tile < num_tiles; tile += kMaxColumns) {
-        multiply<Dot, true>(static_cast<int>(lines), static_cast<int>(at_most(kMaxColumns, num_tiles - tile)),
-                            queries_at(0),
-                            {keys + i, key_steps, 0, 0, kVectorBytes, kKeyStepBytes, tile * kVectorBytes}, key_steps,
-                            stream, scratch.scores + (i * kBlockTiles + tile) * 16, kSpanTokens);
-      }
+      stream_columns(num_tiles, queries_at(0), {keys + i, key_steps, 0, 0, kVectorBytes, kKeyStepBytes, 0}, key_steps,
+                     stream, scratch.scores + i * kBlockTokens, kSpanTokens);
     }
   }
 
@@ -225,11 +253,9 @@ struct SpanWork {
       const uint8_t* next = i + 1 < last_block ? values[i + 1] : after;
       const Stream stream{i > first_block, distance(values[i], shape.layout.value_bytes(), next)};
       const int64_t num_tiles = at_most(last_tile - i * kBlockTiles, kBlockTiles);
-      for (int64_t tile = 0; tile < dim_tiles; tile += kMaxColumns) {
-        multiply<Dot, true>(static_cast<int>(lines), static_cast<int>(at_most(kMaxColumns, dim_tiles - tile)),
-                            weights_at(0, i),
-                            value_columns(values + i, tile),
-                            num_tiles * 16 / pack, stream, scratch.span_values + tile * 16, padded);
+      for (int64_t tile = 0; tile < dim_tiles; tile += kGroupTiles) {
+        stream_columns(at_most(kGroupTiles, dim_tiles - tile), weights_at(0, i), value_columns(values + i, tile),
+                       num_tiles * 16 / pack, stream, scratch.span_values + tile * 16, padded);
       }
     }
   }

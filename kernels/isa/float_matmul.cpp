@@ -154,7 +154,8 @@ struct Product {
 
   // Adds the steps from `step` to the outputs from half · 16; `ahead` asks for the steps of the next block of w.
   template <int rows, int halves, bool ahead>
-  [[gnu::noinline]] void register_tile(const typename Format::Rows& x, int64_t row, int64_t half, int64_t step, int64_t num_steps) const {
+  [[gnu::noinline]] void register_tile(const typename Format::Rows& x, int64_t row, int64_t half, int64_t step,
+                                       int64_t num_steps) const {
     F32x16 sums[rows][halves];
     int lanes[halves];
     const Word* weights[halves];
