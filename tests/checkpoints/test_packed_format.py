@@ -361,6 +361,7 @@ KILLED = """
     sys.path[:0] = {paths!r}
     from gemma2.checkpoints import open_checkpoint, save_packed
     folder, source, point = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     stop = lambda: os.kill(os.getpid(), signal.SIGINT if point == "interrupted" else signal.SIGKILL)
     def progress(done, total):
         if done > total // 2 and point != "publishing":
