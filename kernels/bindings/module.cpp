@@ -70,6 +70,7 @@ nb::object dequantized(const Activations& a) {
 
 NB_MODULE(_kernels, m) {
   using namespace gemma2;
+  nb::set_leak_warnings(false);  // what lives until the process ends, as a sampler's Runtime does, is no leak
   m.doc() = "Compiled kernels for the CPU: arrays in, arrays out.";
   m.attr("GROUP") = kGroup;
   m.attr("TILE") = kTile;
