@@ -12,13 +12,12 @@
 
 namespace gemma2::avx2 {
 
-// 16 registers hold 4 vectors of int32; those of float32 live in memory.
-constexpr int kMaxRowsOfPair = 2;
-constexpr int kMaxRowsOfOne = 4;
-constexpr int kUnpackedVectors = 1;
+// Of 16 registers, 8 hold 4 vectors of int32; those of float32 live in memory.
+constexpr int kMaxSums = 4;
+constexpr int kMaxTiles = 2;
+constexpr int kUnpackedHalves = 1;
 constexpr int kMaxRowsUnpacked = 4;
 constexpr int kMinRowsToUnpack = 12;
-constexpr int kTilesOfOneRow = 1;
 constexpr int kUnroll = 16;
 constexpr int kUnrollSteps = 2;
 
@@ -55,13 +54,10 @@ inline __m256i broadcast_inputs(const int8_t* x) {
   __builtin_memcpy(&four, x, sizeof four);
   return _mm256_set1_epi32(four);
 }
-template <int num_vectors>
-inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
+inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
   const __m256i inputs = broadcast_inputs(x);
-  for (int v = 0; v < num_vectors; ++v) {
-    acc[v].lo = add_products(acc[v].lo, _mm256_abs_epi8(w[v].lo), _mm256_sign_epi8(inputs, w[v].lo));
-    acc[v].hi = add_products(acc[v].hi, _mm256_abs_epi8(w[v].hi), _mm256_sign_epi8(inputs, w[v].hi));
-  }
+  acc.lo = add_products(acc.lo, _mm256_abs_epi8(w.lo), _mm256_sign_epi8(inputs, w.lo));
+  acc.hi = add_products(acc.hi, _mm256_abs_epi8(w.hi), _mm256_sign_epi8(inputs, w.hi));
 }
 
 struct UnpackedWeights {
@@ -83,13 +79,10 @@ inline void add_correction(I32x16& sum, const Weights& w) {
   sum.hi = add_products(sum.hi, _mm256_and_si256(_mm256_abs_epi8(w.hi), _mm256_cmpgt_epi8(zero, w.hi)), one);
 }
 inline I32x16 unpacked_start(int32_t, const int32_t* corrections) { return I32x16::load(corrections); }
-template <int num_vectors>
-inline void dot4(I32x16 (&acc)[num_vectors], const UnpackedWeights (&w)[num_vectors], const int8_t* x) {
+inline void dot4(I32x16& acc, const UnpackedWeights& w, const int8_t* x) {
   const __m256i inputs = broadcast_inputs(x);
-  for (int v = 0; v < num_vectors; ++v) {
-    acc[v].lo = add_products(acc[v].lo, w[v].magnitude_lo, _mm256_xor_si256(inputs, w[v].negative_lo));
-    acc[v].hi = add_products(acc[v].hi, w[v].magnitude_hi, _mm256_xor_si256(inputs, w[v].negative_hi));
-  }
+  acc.lo = add_products(acc.lo, w.magnitude_lo, _mm256_xor_si256(inputs, w.negative_lo));
+  acc.hi = add_products(acc.hi, w.magnitude_hi, _mm256_xor_si256(inputs, w.negative_hi));
 }
 
 }  // namespace gemma2::avx2

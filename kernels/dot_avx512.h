@@ -7,14 +7,12 @@
 
 namespace gemma2::avx512 {
 
-// 32 registers hold the accumulators of 6 rows × 2 vectors or 14 × 1 twice, as int32 and as float32, beside the weights
-// and the table that unpacks them; of 7 × 2 without the table.
-constexpr int kMaxRowsOfPair = 6;
-constexpr int kMaxRowsOfOne = 14;
-constexpr int kUnpackedVectors = 2;
+// Of 32 registers, 14 sums of int32 and 14 of float32 leave 4 for weights and the table that unpacks them.
+constexpr int kMaxSums = 14;
+constexpr int kMaxTiles = 4;
+constexpr int kUnpackedHalves = 2;
 constexpr int kMaxRowsUnpacked = 7;
 constexpr int kMinRowsToUnpack = 128;
-constexpr int kTilesOfOneRow = 4;
 constexpr int kUnroll = 16;
 constexpr int kUnrollSteps = 8;
 
@@ -46,16 +44,15 @@ inline I32x16 unpacked_start(int32_t sum, const int32_t*) { return dot_start(sum
 using AnyInt32 [[gnu::may_alias]] = int32_t;
 
 // Inline assembly, since GCC 12 keeps the accumulators of _mm512_dpbusd_epi32 in memory: half the speed.
-inline void dot4(I32x16 (&acc)[1], const Weights (&w)[1], const int8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(acc[0].v)
-      : "v"(w[0].v), "m"(*reinterpret_cast<const AnyInt32*>(x)));
+inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const AnyInt32*>(x)));
 }
+// The inputs of several vectors are loaded once: loads would be the bottleneck where two such products run in a cycle.
 template <int n>
 inline void dot4(I32x16 (&acc)[n], const Weights (&w)[n], const int8_t* x) {
   const __m512i inputs = _mm512_set1_epi32(*reinterpret_cast<const AnyInt32*>(x));
 #pragma GCC unroll kUnroll
-  for (int v = 0; v < n; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(acc[v].v) : "v"(w[v].v), "v"(inputs));
+  for (int i = 0; i < n; ++i) asm("vpdpbusd %2, %1, %0" : "+v"(acc[i].v) : "v"(w[i].v), "v"(inputs));
 }
 
 }  // namespace gemma2::avx512

@@ -8,13 +8,12 @@
 
 namespace gemma2::neon {
 
-// 32 registers hold 4 vectors of int32 and the weights of 2; those of float32 live in memory.
-constexpr int kMaxRowsOfPair = 2;
-constexpr int kMaxRowsOfOne = 4;
-constexpr int kUnpackedVectors = 1;
+// Of 32 registers, 16 hold 4 vectors of int32 and 8 the weights; the sums of float32 live in memory.
+constexpr int kMaxSums = 4;
+constexpr int kMaxTiles = 2;
+constexpr int kUnpackedHalves = 1;
 constexpr int kMaxRowsUnpacked = 4;
 constexpr int kMinRowsToUnpack = 32;
-constexpr int kTilesOfOneRow = 1;
 constexpr int kUnroll = 16;
 constexpr int kUnrollSteps = 2;
 
@@ -40,14 +39,11 @@ inline void add_correction(I32x16&, const Weights&) {}
 
 inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
 inline I32x16 unpacked_start(int32_t sum, const int32_t*) { return dot_start(sum); }
-template <int num_vectors>
-inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
+inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, sizeof four);
   const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four));
-  for (int v = 0; v < num_vectors; ++v) {
-    for (int i = 0; i < 4; ++i) acc[v].v[i] = vdotq_s32(acc[v].v[i], w[v].v[i], inputs);
-  }
+  for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], w.v[i], inputs);
 }
 
 }  // namespace gemma2::neon

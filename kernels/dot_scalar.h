@@ -6,12 +6,11 @@
 
 namespace gemma2::scalar {
 
-constexpr int kMaxRowsOfPair = 1;
-constexpr int kMaxRowsOfOne = 1;
-constexpr int kUnpackedVectors = 1;
+constexpr int kMaxSums = 2;
+constexpr int kMaxTiles = 1;
+constexpr int kUnpackedHalves = 1;
 constexpr int kMaxRowsUnpacked = 1;
 constexpr int kMinRowsToUnpack = 16;
-constexpr int kTilesOfOneRow = 1;
 constexpr int kUnroll = 1;
 constexpr int kUnrollSteps = 1;
 
@@ -37,13 +36,10 @@ inline void add_correction(I32x16&, const Weights&) {}
 
 inline I32x16 dot_start(int32_t) { return I32x16::zero(); }
 inline I32x16 unpacked_start(int32_t sum, const int32_t*) { return dot_start(sum); }
-template <int num_vectors>
-inline void dot4(I32x16 (&acc)[num_vectors], const Weights (&w)[num_vectors], const int8_t* x) {
-  for (int v = 0; v < num_vectors; ++v) {
-    for (int i = 0; i < kLanes; ++i) {
-      const int8_t* weights = w[v].v + 4 * i;
-      acc[v].v[i] += weights[0] * x[0] + weights[1] * x[1] + weights[2] * x[2] + weights[3] * x[3];
-    }
+inline void dot4(I32x16& acc, const Weights& w, const int8_t* x) {
+  for (int i = 0; i < kLanes; ++i) {
+    const int8_t* weights = w.v + 4 * i;
+    acc.v[i] += weights[0] * x[0] + weights[1] * x[1] + weights[2] * x[2] + weights[3] * x[3];
   }
 }
 

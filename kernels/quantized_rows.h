@@ -1,13 +1,8 @@
-// The inner kernel of isa/quantized_matmul.cpp: some rows of activations times some vectors of 16 outputs.
+// The inner kernels of isa/quantized_matmul.cpp: some rows of activations times some tiles of weights, all accumulators
+// in registers as far as there are any: of int32 for the group at hand, of float32 for the sum over the groups.
 //
-// All accumulators stay in registers: per row and vector one of int32 for the group at hand and one of float32 for the
-// sum over the groups. Weights come from a source, which unpacks them on the way or has them unpacked already:
-//
-//   Unpacked                                                          the type of weights; see dot.h
-//   void prefetch(group)                                              asks for what is read some groups later
-//   void weights(group, step, v, Unpacked& first, Unpacked& second)   inputs 8·step … + 3 and 8·step + 4 … + 7
-//   I32x16 start(group, v, sum)                                       what a group's accumulators start from
-//   F32x16 scales(group, v)
+//   multiply_packed    few rows: weights are unpacked on the way to their products
+//   multiply_unpacked  many rows: weights were unpacked before
 #pragma once
 
 #include "activations.h"
@@ -20,9 +15,10 @@ namespace gemma2::GEMMA2_ISA {
 constexpr int kStepsPerGroup = 8;  // a step is 8 inputs: what 64 bytes of nibbles hold for 16 outputs
 constexpr int kWeightsBytes = 64;  // of a `Weights` in memory
 
-// Hardware prefetchers end at a page and start anew in the next: alone they leave half of the bandwidth unused. Twice
-// what arrives within a memory latency of 150 ns at 15 GB/s a thread, into the second-level cache.
-constexpr int64_t kPrefetchBytes = 4096;
+// For weights that are read along one stream: hardware prefetchers end at a page and start anew in the next, and alone
+// leave half of the bandwidth unused. Twice what arrives within a memory latency of 150 ns at 30 GB/s a thread, into the
+// second-level cache.
+constexpr int64_t kPrefetchBytes = 8192;
 
 // always_inline: GCC takes a function that does nothing but prefetch for one without effect, and drops the call.
 template <class Block>
@@ -45,69 +41,125 @@ struct Q8 {
   }
 };
 
-// A tile as it is packed; the vectors are its halves from `half` on.
-template <class Format>
-struct PackedTile {
-  using Unpacked = Weights;
-  const typename Format::Block* blocks;
-  int half;
-  bool from_memory;  // read for the first time
-  [[gnu::always_inline]] void prefetch(int64_t group) const {
-    if (from_memory) prefetch_ahead(blocks + group);
-  }
-  void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
-    Format::unpack(blocks[group], half + v, step, first, second);
-  }
-  I32x16 start(int64_t, int, int32_t sum) const { return dot_start(sum); }
-  F32x16 scales(int64_t group, int v) const {
-    return F32x16::load_f16(blocks[group].scales + (half + v) * kLanesPerHalf);
-  }
+// The scales, values and sums of some rows of activations.
+struct Rows {
+  Rows(const Activations& x, int64_t row)
+      : num_groups(x.num_groups),
+        width(x.padded_width),
+        values_(x.int8.get() + row * x.padded_width),
+        scales_(x.scales.get() + row * x.num_groups),
+        sums_(x.sums.get() + row * x.num_groups) {}
+
+  const int64_t num_groups, width;
+  const int8_t* values(int r, int64_t group, int step) const { return values_ + r * width + group * kGroup + step * 8; }
+  F32x16 scale(int r, int64_t group) const { return F32x16::broadcast(scales_[r * num_groups + group]); }
+  int32_t sum(int r, int64_t group) const { return sums_[r * num_groups + group]; }
+
+ private:
+  const int8_t* const values_;
+  const float* const scales_;
+  const int32_t* const sums_;
 };
 
-// Several tiles side by side, each a stream of its own for the hardware's prefetchers; the vectors are their halves.
-template <class Format, int num_tiles>
+inline void store_outputs(const F32x16& y, float* out, int num_outputs) {
+  if (num_outputs >= kLanesPerHalf) {
+    y.store(out);
+  } else if (num_outputs > 0) {
+    y.store_partial(out, num_outputs);
+  }
+}
+
+// Packed tiles that are read side by side.
+template <class Format>
 struct PackedTiles {
-  using Unpacked = Weights;
-  const typename Format::Block* blocks;
-  int64_t num_groups;  // from one tile to the next
-  [[gnu::always_inline]] void prefetch(int64_t group) const {
-#pragma GCC unroll kUnroll
-    for (int tile = 0; tile < num_tiles; ++tile) prefetch_ahead(blocks + tile * num_groups + group);
-  }
-  void weights(int64_t group, int step, int v, Weights& first, Weights& second) const {
-    Format::unpack(blocks[v / 2 * num_groups + group], v % 2, step, first, second);
-  }
-  I32x16 start(int64_t, int, int32_t sum) const { return dot_start(sum); }
-  F32x16 scales(int64_t group, int v) const {
-    return F32x16::load_f16(blocks[v / 2 * num_groups + group].scales + v % 2 * kLanesPerHalf);
-  }
+  const typename Format::Block* blocks;  // of the first
+  int64_t distance;                      // from one to the next, in blocks
+  int half;                              // where only one half is multiplied: which
+  bool prefetch;
 };
 
-// A tile unpacked for many rows: per group the weights in the order in which they are needed, and what belongs to them.
-struct UnpackedTile {
-  using Unpacked = UnpackedWeights;
-  struct Group {
-    int8_t weights[kStepsPerGroup][2][2][kWeightsBytes];  // [step][first, second][half]
-    float scales[2][kLanesPerHalf];
-    int32_t corrections[2][kLanesPerHalf];
-  };
-
-  Group* groups;
-  int half;
-
-  void prefetch(int64_t) const {}
-  void weights(int64_t group, int step, int v, UnpackedWeights& first, UnpackedWeights& second) const {
-    first = load_unpacked(groups[group].weights[step][0][half + v]);
-    second = load_unpacked(groups[group].weights[step][1][half + v]);
+// out[r][t · 32 · tile distance + 16 · h + i] for the rows r of x from `row` on, tiles t and halves h.
+//
+// Each tile is read strictly in the order of memory: one half, the other, then the scales of both. Together with
+// several tiles side by side, line by line, this is what hardware prefetchers follow best: the speed of plain reads.
+// Both halves side by side in one tile reached 0.7 of it, and scales read after each half 0.8.
+template <class Format, int num_rows, int num_tiles, int num_halves>
+[[gnu::noinline]] void multiply_packed(const Activations& x, int64_t row, const PackedTiles<Format> tiles, float* out,
+                                       int64_t stride, int num_outputs) {
+  const Rows rows(x, row);
+  F32x16 sums[num_halves][num_tiles][num_rows];
+#pragma GCC unroll kUnroll
+  for (int h = 0; h < num_halves; ++h) {
+#pragma GCC unroll kUnroll
+    for (int t = 0; t < num_tiles; ++t) {
+#pragma GCC unroll kUnroll
+      for (int r = 0; r < num_rows; ++r) sums[h][t][r] = F32x16::zero();
+    }
   }
-  I32x16 start(int64_t group, int v, int32_t sum) const {
-    return unpacked_start(sum, groups[group].corrections[half + v]);
+  const int first_half = num_halves == 2 ? 0 : tiles.half;
+  for (int64_t group = 0; group < rows.num_groups; ++group) {
+    const auto* blocks = tiles.blocks + group;
+    if (tiles.prefetch) prefetch_ahead(blocks);
+    I32x16 dots[num_halves][num_tiles][num_rows];
+#pragma GCC unroll kUnroll
+    for (int r = 0; r < num_rows; ++r) {
+      const I32x16 start = dot_start(rows.sum(r, group));
+#pragma GCC unroll kUnroll
+      for (int h = 0; h < num_halves; ++h) {
+#pragma GCC unroll kUnroll
+        for (int t = 0; t < num_tiles; ++t) dots[h][t][r] = start;
+      }
+    }
+#pragma GCC unroll kUnroll
+    for (int h = 0; h < num_halves; ++h) {
+#pragma GCC unroll kUnrollSteps
+      for (int step = 0; step < kStepsPerGroup; ++step) {
+#pragma GCC unroll kUnroll
+        for (int t = 0; t < num_tiles; ++t) {
+          Weights first, second;
+          Format::unpack(blocks[t * tiles.distance], first_half + h, step, first, second);
+#pragma GCC unroll kUnroll
+          for (int r = 0; r < num_rows; ++r) dot4(dots[h][t][r], first, rows.values(r, group, step));
+#pragma GCC unroll kUnroll
+          for (int r = 0; r < num_rows; ++r) dot4(dots[h][t][r], second, rows.values(r, group, step) + 4);
+        }
+      }
+    }
+#pragma GCC unroll kUnroll
+    for (int t = 0; t < num_tiles; ++t) {
+#pragma GCC unroll kUnroll
+      for (int h = 0; h < num_halves; ++h) {
+        const F32x16 scale = F32x16::load_f16(blocks[t * tiles.distance].scales + (first_half + h) * kLanesPerHalf);
+#pragma GCC unroll kUnroll
+        for (int r = 0; r < num_rows; ++r) {
+          sums[h][t][r] = fma(to_f32(dots[h][t][r]), rows.scale(r, group) * scale, sums[h][t][r]);
+        }
+      }
+    }
   }
-  F32x16 scales(int64_t group, int v) const { return F32x16::load(groups[group].scales[half + v]); }
+  const int64_t tile_outputs = tiles.distance / rows.num_groups * kTile;
+#pragma GCC unroll kUnroll
+  for (int t = 0; t < num_tiles; ++t) {
+#pragma GCC unroll kUnroll
+    for (int r = 0; r < num_rows; ++r) {
+#pragma GCC unroll kUnroll
+      for (int h = 0; h < num_halves; ++h) {
+        store_outputs(sums[h][t][r], out + r * stride + t * tile_outputs + h * kLanesPerHalf,
+                      num_outputs - h * kLanesPerHalf);
+      }
+    }
+  }
+}
+
+// A group of a tile, unpacked: the weights in the order in which they are needed, and what belongs to them.
+struct UnpackedGroup {
+  int8_t weights[kStepsPerGroup][2][2][kWeightsBytes];  // [step][first, second][half]
+  float scales[2][kLanesPerHalf];
+  int32_t corrections[2][kLanesPerHalf];
 };
 
 template <class Format>
-void unpack_group(const typename Format::Block& block, UnpackedTile::Group& group) {
+void unpack_group(const typename Format::Block& block, UnpackedGroup& group) {
   prefetch_ahead(&block);
   for (int half = 0; half < 2; ++half) {
     I32x16 correction = I32x16::zero();
@@ -124,69 +176,56 @@ void unpack_group(const typename Format::Block& block, UnpackedTile::Group& grou
   }
 }
 
-// out[r][16·v + i], r < num_rows, v < num_vectors, for the rows of x from `row` on. num_outputs of the columns exist.
-template <int num_rows, int num_vectors, class Source>
-[[gnu::noinline]] void multiply_rows(const Activations& x, int64_t row, const Source source, float* out, int64_t stride,
-                                     int num_outputs) {
-  const int64_t num_groups = x.num_groups, width = x.padded_width;
-  const int8_t* values = x.int8.get() + row * width;
-  const float* scales = x.scales.get() + row * num_groups;
-  const int32_t* totals = x.sums.get() + row * num_groups;
-  F32x16 sums[num_rows][num_vectors];
+// out[r][16·h + i] for the rows r of x from `row` on and the halves h of a tile from `half` on.
+template <int num_rows, int num_halves>
+[[gnu::noinline]] void multiply_unpacked(const Activations& x, int64_t row, const UnpackedGroup* groups, int half,
+                                         float* out, int64_t stride, int num_outputs) {
+  const Rows rows(x, row);
+  F32x16 sums[num_rows][num_halves];
 #pragma GCC unroll kUnroll
   for (int r = 0; r < num_rows; ++r) {
 #pragma GCC unroll kUnroll
-    for (int v = 0; v < num_vectors; ++v) sums[r][v] = F32x16::zero();
+    for (int h = 0; h < num_halves; ++h) sums[r][h] = F32x16::zero();
   }
-  for (int64_t group = 0; group < num_groups; ++group) {
+  for (int64_t group = 0; group < rows.num_groups; ++group) {
+    const UnpackedGroup& g = groups[group];
     // Lines of the output are fetched while there is still time until they are written.
     constexpr int64_t kGroupsAhead = 16;
-    const int64_t next = group - (num_groups - kGroupsAhead);
+    const int64_t next = group - (rows.num_groups - kGroupsAhead);
     if (next >= 0 && next < num_rows) {
-      for (int v = 0; v < num_vectors; ++v) __builtin_prefetch(out + next * stride + v * kLanesPerHalf, 1);
+      for (int h = 0; h < num_halves; ++h) __builtin_prefetch(out + next * stride + h * kLanesPerHalf, 1);
     }
-    source.prefetch(group);
-    I32x16 dots[num_rows][num_vectors];
+    I32x16 dots[num_rows][num_halves];
 #pragma GCC unroll kUnroll
     for (int r = 0; r < num_rows; ++r) {
-      const int32_t sum = totals[r * num_groups + group];
 #pragma GCC unroll kUnroll
-      for (int v = 0; v < num_vectors; ++v) dots[r][v] = source.start(group, v, sum);
+      for (int h = 0; h < num_halves; ++h) dots[r][h] = unpacked_start(rows.sum(r, group), g.corrections[half + h]);
     }
 #pragma GCC unroll kUnrollSteps
     for (int step = 0; step < kStepsPerGroup; ++step) {
-      typename Source::Unpacked first[num_vectors], second[num_vectors];
+#pragma GCC unroll 2
+      for (int part = 0; part < 2; ++part) {
+        UnpackedWeights weights[num_halves];
 #pragma GCC unroll kUnroll
-      for (int v = 0; v < num_vectors; ++v) source.weights(group, step, v, first[v], second[v]);
-      const int8_t* inputs = values + group * kGroup + step * 8;
+        for (int h = 0; h < num_halves; ++h) weights[h] = load_unpacked(g.weights[step][part][half + h]);
 #pragma GCC unroll kUnroll
-      for (int r = 0; r < num_rows; ++r) dot4(dots[r], first, inputs + r * width);
-#pragma GCC unroll kUnroll
-      for (int r = 0; r < num_rows; ++r) dot4(dots[r], second, inputs + r * width + 4);
-    }
-#pragma GCC unroll kUnroll
-    for (int r = 0; r < num_rows; ++r) {
-      const F32x16 scale = F32x16::broadcast(scales[r * num_groups + group]);
-#pragma GCC unroll kUnroll
-      for (int v = 0; v < num_vectors; ++v) {
-        sums[r][v] = fma(to_f32(dots[r][v]), scale * source.scales(group, v), sums[r][v]);
+        for (int r = 0; r < num_rows; ++r) dot4(dots[r], weights, rows.values(r, group, step) + 4 * part);
       }
     }
-  }
-  if (num_outputs >= num_vectors * kLanesPerHalf) {
 #pragma GCC unroll kUnroll
     for (int r = 0; r < num_rows; ++r) {
 #pragma GCC unroll kUnroll
-      for (int v = 0; v < num_vectors; ++v) sums[r][v].store(out + r * stride + v * kLanesPerHalf);
+      for (int h = 0; h < num_halves; ++h) {
+        const F32x16 scale = F32x16::load(g.scales[half + h]);
+        sums[r][h] = fma(to_f32(dots[r][h]), rows.scale(r, group) * scale, sums[r][h]);
+      }
     }
-    return;
   }
 #pragma GCC unroll kUnroll
   for (int r = 0; r < num_rows; ++r) {
 #pragma GCC unroll kUnroll
-    for (int v = 0; v < num_vectors; ++v) {
-      const int n = num_outputs - v * kLanesPerHalf;
-      if (n > 0) sums[r][v].store_partial(out + r * stride + v * kLanesPerHalf, n);
+    for (int h = 0; h < num_halves; ++h) {
+      store_outputs(sums[r][h], out + r * stride + h * kLanesPerHalf, num_outputs - h * kLanesPerHalf);
     }
   }
 }

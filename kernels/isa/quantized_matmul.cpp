@@ -19,17 +19,38 @@
 namespace gemma2::GEMMA2_ISA {
 namespace {
 
-constexpr int64_t kRowsPerTask = 512;
+constexpr int64_t kRowsPerTask = 512;  // activations of so many rows stay in a cache while one tile follows another
+constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kShortestTask = 64;  // products of a block with a row, of 10 to 30 ns each
 
-template <class Source>
-using MultiplyRows = void (*)(const Activations&, int64_t row, Source, float* out, int64_t stride, int num_outputs);
+// How many tiles and how many halves of a tile so many rows are multiplied with at once.
+constexpr int tiles_for(int num_rows) {
+  int tiles = kMaxTiles;
+  while (tiles > 1 && 2 * tiles * num_rows > kMaxSums) tiles /= 2;
+  return tiles;
+}
+constexpr int halves_for(int num_rows) { return 2 * num_rows <= kMaxSums ? 2 : 1; }
 
-// multiply_rows for 1 … max_rows rows.
-template <int max_rows, int num_vectors, class Source>
-constexpr std::array<MultiplyRows<Source>, max_rows> for_rows() {
+template <class Format>
+using MultiplyPacked = void (*)(const Activations&, int64_t row, PackedTiles<Format>, float* out, int64_t stride,
+                                int num_outputs);
+
+// multiply_packed for 1 … kMaxSums rows, with tiles side by side or alone.
+template <class Format, bool side_by_side>
+constexpr std::array<MultiplyPacked<Format>, kMaxSums> packed_kernels() {
   return []<size_t... n>(std::index_sequence<n...>) {
-    return std::array<MultiplyRows<Source>, max_rows>{multiply_rows<n + 1, num_vectors, Source>...};
-  }(std::make_index_sequence<max_rows>());
+    return std::array<MultiplyPacked<Format>, kMaxSums>{
+        multiply_packed<Format, n + 1, side_by_side ? tiles_for(n + 1) : 1, halves_for(n + 1)>...};
+  }(std::make_index_sequence<kMaxSums>());
+}
+
+using MultiplyUnpacked = void (*)(const Activations&, int64_t row, const UnpackedGroup*, int half, float* out,
+                                  int64_t stride, int num_outputs);
+
+constexpr std::array<MultiplyUnpacked, kMaxRowsUnpacked> unpacked_kernels() {
+  return []<size_t... n>(std::index_sequence<n...>) {
+    return std::array<MultiplyUnpacked, kMaxRowsUnpacked>{multiply_unpacked<n + 1, kUnpackedHalves>...};
+  }(std::make_index_sequence<kMaxRowsUnpacked>());
 }
 
 // Calls f(first, number) for consecutive blocks of at most max_rows rows, as equal as can be.
@@ -62,74 +83,80 @@ struct Product {
   }
 };
 
-// Few rows: weights are unpacked on the way to their products.
+// Few rows times one tile, however few of its outputs there are.
 template <class Format>
-void multiply_packed(const Product& p, int64_t tile) {
-  using Source = PackedTile<Format>;
-  static constexpr auto pairs = for_rows<kMaxRowsOfPair, 2, Source>();
-  static constexpr auto ones = for_rows<kMaxRowsOfOne, 1, Source>();
-  const auto* blocks = p.blocks<Format>(tile);
-  if (p.x.rows <= kMaxRowsOfPair) {
-    pairs[p.x.rows - 1](p.x, 0, {blocks, 0, true}, p.at(0, tile, 0), p.w.outputs, p.outputs_from(tile, 0));
-    return;
-  }
-  for_blocks(0, p.x.rows, kMaxRowsOfOne, [&](int64_t row, int64_t n) {
-    for (int half = 0; half < 2; ++half) {
-      ones[n - 1](p.x, row, {blocks, half, row == 0 && half == 0}, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
+void multiply_tile(const Product& p, int64_t tile) {
+  static constexpr auto kernels = packed_kernels<Format, false>();
+  for_blocks(0, p.x.rows, kMaxSums, [&](int64_t row, int64_t n) {
+    for (int half = 0; half < 2; half += halves_for(static_cast<int>(n))) {
+      const PackedTiles<Format> tiles{p.blocks<Format>(tile), 0, half, row == 0 && half == 0};
+      kernels[n - 1](p.x, row, tiles, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
     }
   });
 }
 
+// Very few rows times several full tiles, `distance` tiles apart.
+template <class Format>
+void multiply_tiles(const Product& p, int64_t tile, int64_t distance) {
+  static constexpr auto kernels = packed_kernels<Format, true>();
+  const PackedTiles<Format> tiles{p.blocks<Format>(tile), distance * p.x.num_groups, 0, false};
+  kernels[p.x.rows - 1](p.x, 0, tiles, p.at(0, tile, 0), p.w.outputs, kTile);
+}
+
 // Many rows: a tile is unpacked once and stays in the second-level cache while all rows pass by.
 template <class Format>
-void multiply_unpacked(const Product& p, int64_t tile, int64_t first, int64_t last) {
-  static constexpr auto rows = for_rows<kMaxRowsUnpacked, kUnpackedVectors, UnpackedTile>();
-  thread_local AlignedArray<UnpackedTile::Group> groups;
+void multiply_rows(const Product& p, int64_t tile, int64_t first, int64_t last) {
+  static constexpr auto kernels = unpacked_kernels();
+  thread_local AlignedArray<UnpackedGroup> groups;
   thread_local int64_t capacity = 0;
   const int64_t num_groups = p.x.num_groups;
   if (capacity < num_groups) {
-    groups = aligned_zeros<UnpackedTile::Group>(num_groups);
+    groups = aligned_zeros<UnpackedGroup>(num_groups);
     capacity = num_groups;
   }
   const auto* blocks = p.blocks<Format>(tile);
   for (int64_t group = 0; group < num_groups; ++group) unpack_group<Format>(blocks[group], groups[group]);
   for_blocks(first, last, kMaxRowsUnpacked, [&](int64_t row, int64_t n) {
-    for (int half = 0; half < 2; half += kUnpackedVectors) {
-      rows[n - 1](p.x, row, {groups.get(), half}, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
+    for (int half = 0; half < 2; half += kUnpackedHalves) {
+      kernels[n - 1](p.x, row, groups.get(), half, p.at(row, tile, half), p.w.outputs, p.outputs_from(tile, half));
     }
   });
-}
-
-// One row: several tiles side by side, as far as they go; what is left, one by one.
-template <class Format>
-void multiply_one_row(const Product& p, int64_t tile, int64_t last) {
-  if constexpr (kTilesOfOneRow > 1) {
-    for (; tile + kTilesOfOneRow <= last; tile += kTilesOfOneRow) {
-      const PackedTiles<Format, kTilesOfOneRow> source{p.blocks<Format>(tile), p.x.num_groups};
-      multiply_rows<1, 2 * kTilesOfOneRow>(p.x, 0, source, p.at(0, tile, 0), p.w.outputs,
-                                           static_cast<int>(std::min<int64_t>(p.w.outputs - tile * kTile, 1 << 20)));
-    }
-  }
-  for (; tile < last; ++tile) multiply_packed<Format>(p, tile);
 }
 
 template <class Format>
 void multiply_matrix(ThreadPool& pool, const Product& p) {
   const int64_t num_tiles = p.w.num_tiles(), num_rows = p.x.rows;
-  if (num_rows < kMinRowsToUnpack) {
-    const int64_t wanted = (num_tiles + 8 * pool.num_threads() - 1) / (8 * pool.num_threads());
-    const int64_t per_task = round_up(wanted, num_rows == 1 ? kTilesOfOneRow : 1);
-    pool.parallel_for((num_tiles + per_task - 1) / per_task, [&](int64_t task, int) {
-      const int64_t first = task * per_task, last = std::min(num_tiles, first + per_task);
-      if (num_rows == 1) return multiply_one_row<Format>(p, first, last);
-      for (int64_t tile = first; tile < last; ++tile) multiply_packed<Format>(p, tile);
+  const int64_t most_tasks = kTasksPerThread * pool.num_threads();
+  if (num_rows >= kMinRowsToUnpack) {
+    // With many threads, tiles alone are too few to share evenly.
+    const int64_t wanted = std::min(num_rows / kMinRowsToUnpack, (most_tasks + num_tiles - 1) / num_tiles);
+    const int64_t num_parts = std::max(wanted, (num_rows + kRowsPerTask - 1) / kRowsPerTask);
+    pool.parallel_for(num_parts * num_tiles, [&](int64_t task, int) {
+      const int64_t part = task / num_tiles, tile = task % num_tiles;
+      multiply_rows<Format>(p, tile, num_rows * part / num_parts, num_rows * (part + 1) / num_parts);
     });
     return;
   }
-  const int64_t num_parts = (num_rows + kRowsPerTask - 1) / kRowsPerTask;
-  pool.parallel_for(num_parts * num_tiles, [&](int64_t task, int) {
-    const int64_t part = task / num_tiles, tile = task % num_tiles;
-    multiply_unpacked<Format>(p, tile, num_rows * part / num_parts, num_rows * (part + 1) / num_parts);
+  // The tiles side by side lie as far apart as the matrix is large, so that each stream goes on in the next task.
+  const int side_by_side = num_rows <= kMaxSums ? tiles_for(static_cast<int>(num_rows)) : 1;
+  const int64_t num_steps = p.w.outputs / kTile / side_by_side, rest = num_steps * side_by_side;
+  // Several tasks a thread, so that who is held up leaves some to the others; none so short that handing it out shows.
+  const int64_t even = (num_steps + most_tasks - 1) / most_tasks;
+  const int64_t shortest = (kShortestTask - 1) / (p.x.num_groups * num_rows * side_by_side) + 1;
+  const int64_t per_task = std::max(even, shortest), num_tasks = (num_steps + per_task - 1) / per_task;
+  pool.parallel_for(num_tasks + (rest < num_tiles), [&](int64_t task, int) {
+    if (task == num_tasks) {
+      for (int64_t tile = rest; tile < num_tiles; ++tile) multiply_tile<Format>(p, tile);
+      return;
+    }
+    const int64_t last = std::min((task + 1) * per_task, num_steps);
+    for (int64_t tile = task * per_task; tile < last; ++tile) {
+      if (side_by_side > 1) {
+        multiply_tiles<Format>(p, tile, num_steps);
+      } else {
+        multiply_tile<Format>(p, tile);
+      }
+    }
   });
 }
 
