@@ -161,16 +161,6 @@ def test_a_model_with_a_weight_that_is_not_finite_is_refused_and_nothing_is_kept
     assert copies(cache) == []
 
 
-def test_the_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert packed_cache.cache_folder() == tmp_path / "cache" / "packed"
-    monkeypatch.delenv("GEMMA2_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert packed_cache.cache_folder() == Path("/xdg/gemma2/packed")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert packed_cache.cache_folder() == Path("/home/someone/.cache/gemma2/packed")
-
-
 TOGETHER = """
     import sys, time
     sys.path[:0] = {paths!r}
