@@ -60,19 +60,22 @@ def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> It
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]]) -> None:
+def publish(
+    staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]], config_file: str = CONFIG_FILE
+) -> None:
     """Moves the finished files out, so that the folder opens neither as the old model nor as the new one in between.
 
     Args:
-        staging: holds config.json and what belongs to it.
+        staging: holds the config and what belongs to it.
         folder: where to.
         weights: says which files of a folder hold weights. Those of `folder` that have no successor are removed.
+        config_file: the file without which the folder opens nowhere.
     """
     for path in staging.iterdir():
         sync(path)  # a rename may survive a power cut that the contents do not
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    (folder / config_file).unlink(missing_ok=True)
     new = [path.name for path in weights(staging)]
-    others = sorted(path.name for path in staging.iterdir() if path.name not in (*new, CONFIG_FILE))
+    others = sorted(path.name for path in staging.iterdir() if path.name not in (*new, config_file))
     # The weights first: so the folder has some at any time, by which a next write sees that it may go on here.
     for name in (*new, *others):
         (staging / name).replace(folder / name)
@@ -80,7 +83,7 @@ def publish(staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]
         if path.name not in new:
             path.unlink()
     sync(folder)
-    (staging / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    (staging / config_file).replace(folder / config_file)
     sync(folder)
 
 

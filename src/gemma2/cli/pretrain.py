@@ -121,7 +121,7 @@ class _ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def on_step(self, step: int, num_steps: int, loss: float, tokens_per_second: float) -> None:
+    def on_step(self, report: StepReport) -> None:
         """Moves the bar; time left counts validation and checkpoints too, as it is measured over the whole run."""
         import time
 

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from gemma2 import _kernels as kernels
+from gemma2.checkpoints import Adapter
 from gemma2.config import Gemma2Config
 from gemma2.cpu.kv_blocks import KVBlocks
 from gemma2.cpu.model import HEAD_CANDIDATES, MAX_ROWS, CpuModel
@@ -34,6 +35,7 @@ class CpuBackend:
             machine's memory.
         head_candidates: words whose logits the second plane of a two-plane head refines; left out,
             `HEAD_CANDIDATES`; the vocabulary's size for all of them. Without a second plane it does nothing.
+        adapter: an adapter that is added to the weights as they run.
 
     Raises:
         ConfigError: an argument is out of range, or names what this machine does not have.
@@ -48,6 +50,7 @@ class CpuBackend:
         kv_cache: str = "auto",
         kv_cache_bytes: int | None = None,
         head_candidates: int = HEAD_CANDIDATES,
+        adapter: Adapter | None = None,
     ) -> None:
         if head_candidates < 1:
             raise ConfigError(f"head_candidates must be a whole number of at least 1, but is {head_candidates!r}")
@@ -62,7 +65,7 @@ class CpuBackend:
             runtime = kernels.Runtime(resolve_num_threads(num_threads), isa)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self._model = CpuModel(packed, runtime, head_candidates=head_candidates)
+        self._model = CpuModel(packed, runtime, head_candidates=head_candidates, adapter=adapter)
         self._cache = KVBlocks(
             packed.config,
             kv_cache,
