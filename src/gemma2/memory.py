@@ -36,6 +36,10 @@ ENGINE_ROWS: Final = 512
 """Rows that the CPU engine takes through its layers together; longer chunks go in parts."""
 
 
+BLOCK_LOGITS: Final = 1 << 20
+"""Logits of a training loss that are worked on at once: 4 MiB in float32, which stay in the processor's cache."""
+
+
 def loss_chunk_tokens(vocab_size: int) -> int:
     """How many tokens' logits exist at once in training.
 
@@ -43,7 +47,7 @@ def loss_chunk_tokens(vocab_size: int) -> int:
     For a large one never fewer than 128 tokens: each chunk also reads and writes the whole gradient of the embedding,
     which must be little beside its matrix products.
     """
-    return max(128, (1 << 20) // vocab_size)
+    return max(128, BLOCK_LOGITS // vocab_size)
 
 
 def layer_matrices(config: Gemma2Config) -> dict[str, tuple[int, int]]:

@@ -20,6 +20,7 @@ No kernel that silently drops the cap (scaled_dot_product_attention, flash atten
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,39 +130,55 @@ def capped_attention(
         plan: which queries meet which keys.
 
     Returns:
-        (B, L, N, H) in the dtype of the values; rows that see nothing are zero.
+        (B, L, N, H) in the dtype of the values; rows that see nothing are zero. Differentiable once.
     """
+    if not torch.is_grad_enabled():
+        return _attend(q_BKGLH, k_BKSH, v_BKSH, scale, cap, plan)
+    out_BLNH: Tensor = _CappedAttention.apply(  # type: ignore[no-untyped-call]
+        q_BKGLH, k_BKSH, v_BKSH, scale, cap, plan
+    )
+    return out_BLNH
+
+
+def _attend(
+    q_BKGLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, cap: float | None, plan: AttentionPlan
+) -> Tensor:
     outputs = []
     num_batch, num_kv_heads, num_groups, _, head_dim = q_BKGLH.shape
     for block in plan.blocks:
-        q = q_BKGLH[:, :, :, block.first_query : block.last_query]
-        k = k_BKSH[:, :, block.first_key : block.last_key]
-        v = v_BKSH[:, :, block.first_key : block.last_key]
-        num_queries, num_keys = q.shape[3], k.shape[2]
-        # Scores are computed and kept in float32 (or float64): in bf16 a score near the cap would move by 0.125.
-        score_dtype = torch.promote_types(q.dtype, torch.float32)
-        # The scale goes onto q: L × H products in place of L × S.
-        q = (q.to(score_dtype) * scale).reshape(num_batch, num_kv_heads, num_groups * num_queries, head_dim)
-        with torch.autocast(q.device.type, enabled=False):
-            scores = _scores(q, k)
-        scores = scores.view(num_batch, num_kv_heads, num_groups, num_queries, num_keys)
-        scores = _cap_and_mask(scores, cap, None if block.mask_BLS is None else block.mask_BLS[:, None, None])
-        weights = torch.softmax(scores, dim=-1)
-        if block.has_empty_rows and block.mask_BLS is not None:
-            weights = weights * block.mask_BLS[:, None, None]
-        weights = weights.to(v.dtype).reshape(num_batch, num_kv_heads, num_groups * num_queries, num_keys)
-        out = torch.matmul(weights, v).view(num_batch, num_kv_heads, num_groups, num_queries, head_dim)
+        q, k, v = _of_block(block, q_BKGLH, k_BKSH, v_BKSH)
+        scores = _capped_scores(q, k, scale, cap)
+        weights = _softmax(scores, block).to(v.dtype).flatten(2, 3)
+        out = torch.matmul(weights, v).view(num_batch, num_kv_heads, num_groups, -1, head_dim)
         outputs.append(out)
     out_BKGLH = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
     num_length = out_BKGLH.shape[3]
     return out_BKGLH.permute(0, 3, 1, 2, 4).reshape(num_batch, num_length, num_kv_heads * num_groups, head_dim)
 
 
+def _of_block(block: AttentionBlock, q_BKGLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keys = slice(block.first_key, block.last_key)
+    return q_BKGLH[:, :, :, block.first_query : block.last_query], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+
+
+def _capped_scores(q_BKGQH: Tensor, k_BKSH: Tensor, scale: float, cap: float | None) -> Tensor:
+    """(B, K, G, queries, S) in float32 (or float64), before the mask."""
+    # Scores are computed and kept in float32 (or float64): in bf16 a score near the cap would move by 0.125.
+    score_dtype = torch.promote_types(q_BKGQH.dtype, torch.float32)
+    # The scale goes onto q: L × H products in place of L × S.
+    q_BKQH = (q_BKGQH.to(score_dtype) * scale).flatten(2, 3)
+    with torch.autocast(q_BKQH.device.type, enabled=False):
+        scores = _scores(q_BKQH, k_BKSH)
+    scores = scores.view(*q_BKGQH.shape[:4], k_BKSH.shape[2])
+    # In place: fresh memory for each step would cost more than the tanh.
+    return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
+
+
 def _scores(q_BKQH: Tensor, k_BKSH: Tensor) -> Tensor:
     """q kᵀ in the dtype of q, for keys that may be stored in a narrower one."""
     num_keys = k_BKSH.shape[2]
     in_pieces = k_BKSH.dtype != q_BKQH.dtype and num_keys > KEY_CHUNK and k_BKSH.device.type == "cpu"
-    if not in_pieces or torch.is_grad_enabled():
+    if not in_pieces:
         return torch.matmul(q_BKQH, k_BKSH.to(q_BKQH.dtype).transpose(2, 3))
     # For one query, widening the keys costs more than the product. A piece that stays in the processor's cache between
     # the two is read from memory once, as bf16; all keys at once would be read, written and read again as float32.
@@ -172,13 +189,60 @@ def _scores(q_BKQH: Tensor, k_BKSH: Tensor) -> Tensor:
     return scores
 
 
-def _cap_and_mask(scores: Tensor, cap: float | None, mask: Tensor | None) -> Tensor:
-    """In place where no gradient needs the steps between: fresh memory for each would cost more than the tanh."""
-    in_place = not torch.is_grad_enabled()
-    if cap is not None:
-        scores = scores.div_(cap).tanh_().mul_(cap) if in_place else torch.tanh(scores / cap) * cap
-    if mask is not None:
-        # A finite filler keeps rows without any key from becoming NaN; the caller sets them to zero.
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill_(~mask, lowest) if in_place else scores.masked_fill(~mask, lowest)
-    return scores
+def _softmax(scores: Tensor, block: AttentionBlock) -> Tensor:
+    """The weights of a block's keys; overwrites the scores."""
+    if block.mask_BLS is None:
+        return torch.softmax(scores, dim=-1)
+    mask = block.mask_BLS[:, None, None]
+    # A finite filler keeps rows without any key from becoming NaN; they are set to zero after.
+    weights = torch.softmax(scores.masked_fill_(~mask, torch.finfo(scores.dtype).min), dim=-1)
+    return weights * mask if block.has_empty_rows else weights
+
+
+class _CappedAttention(torch.autograd.Function):
+    """Keeps queries, keys and values, and no scores: the backward pass computes those of each block again.
+
+    With P the weights, O = P v, and the gradient g of O, all of one block:
+
+        dv = Pᵀ g          dP = g vᵀ
+        dS = P · (dP - Σ over keys of P · dP) · (1 - (capped score / cap)²)          (softmax, then tanh)
+        dq = scale · dS k          dk = scale · dSᵀ q
+
+    Products are in the dtype of their factors, sums over blocks in float32 (or float64).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BKGLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, cap: float | None, plan: AttentionPlan
+    ) -> Tensor:
+        ctx.save_for_backward(q_BKGLH, k_BKSH, v_BKSH)
+        ctx.scale, ctx.cap, ctx.plan = scale, cap, plan
+        return _attend(q_BKGLH, k_BKSH, v_BKSH, scale, cap, plan)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q_BKGLH, k_BKSH, v_BKSH = ctx.saved_tensors
+        num_batch, num_kv_heads, num_groups, num_length, head_dim = q_BKGLH.shape
+        grad_BKGLH = (
+            grad_outputs[0].view(num_batch, num_length, num_kv_heads, num_groups, head_dim).permute(0, 2, 3, 1, 4)
+        )
+        wide = torch.promote_types(q_BKGLH.dtype, torch.float32)
+        dq_BKGLH = torch.empty_like(q_BKGLH)
+        dk_BKSH, dv_BKSH = torch.zeros_like(k_BKSH, dtype=wide), torch.zeros_like(v_BKSH, dtype=wide)
+        for block in ctx.plan.blocks:
+            queries, keys = slice(block.first_query, block.last_query), slice(block.first_key, block.last_key)
+            q, k, v = _of_block(block, q_BKGLH, k_BKSH, v_BKSH)
+            grad = grad_BKGLH[:, :, :, queries].flatten(2, 3)
+            scores = _capped_scores(q, k, ctx.scale, ctx.cap)
+            slopes = None if ctx.cap is None else (scores / ctx.cap).square_().neg_().add_(1.0)
+            weights = _softmax(scores, block)
+            dv_BKSH[:, :, keys] += torch.matmul(weights.to(v.dtype).flatten(2, 3).transpose(2, 3), grad)
+            d_scores = torch.matmul(grad, v.transpose(2, 3)).to(wide).view_as(weights)
+            d_scores = d_scores.sub_((weights * d_scores).sum(-1, keepdim=True)).mul_(weights)
+            if slopes is not None:
+                d_scores.mul_(slopes)
+            d_scores = d_scores.to(k.dtype).flatten(2, 3)
+            dq_BKGLH[:, :, :, queries] = torch.matmul(d_scores, k).mul_(ctx.scale).view_as(q)
+            dk_BKSH[:, :, keys] += torch.matmul(d_scores.transpose(2, 3), q.flatten(2, 3))
+        return dq_BKGLH, dk_BKSH.mul_(ctx.scale).to(k_BKSH.dtype), dv_BKSH.to(v_BKSH.dtype), None, None, None

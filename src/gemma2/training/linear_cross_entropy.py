@@ -1,28 +1,28 @@
-"""The loss over a large vocabulary without its logits: head, final cap, softmax and cross-entropy, a chunk at a time.
+"""Next-token cross-entropy over a large vocabulary, without the logits.
 
     logits = cap · tanh(h Eᵀ / cap)          loss = Σ over targets of (logsumexp(logits) - logits[target])
 
-The logits of 8192 tokens over 256,000 words are 7.8 GiB in float32, so they never exist as one tensor, forward or
-backward: each chunk's gradient, (softmax - one-hot) · (1 - (logit / cap)²), is formed while its logits are at hand
-and goes straight into the gradients of the hidden states and of the embedding. The backward pass only scales them.
+A chunk's gradient is (softmax - one-hot) · (1 - (logit / cap)²); `head_loss` takes it to hidden states and embedding.
 A loss that forgets the final cap trains another model than the one that is run.
 
-Axes: T tokens, D width, V vocabulary, C tokens of one chunk.
+Axes: T tokens, D width, V vocabulary, C tokens of one chunk, R tokens of one block of a chunk.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma2.memory import loss_chunk_tokens
-
-IGNORE_INDEX = -100
-"""A label that is not trained on, as in PyTorch and Hugging Face."""
+from gemma2.training.head_loss import (
+    blocks,
+    chunked_head_loss,
+    trained_places,
+    widen_and_cap,
+    write_gradient,
+)
 
 
 def linear_cross_entropy(
@@ -39,96 +39,51 @@ def linear_cross_entropy(
 
     Args:
         hidden_TD: (T, D) hidden states after the last norm.
-        embedding_VD: (V, D) tied embedding, which is the head.
-        labels_T: (T,) int64 next tokens; `IGNORE_INDEX` where none is trained on.
+        embedding_VD: (V, D) tied embedding, which is the head. If it needs no gradient, none is formed.
+        labels_T: (T,) int64 next tokens; `IGNORE_INDEX` where none is trained on. Such tokens cost nothing.
         cap: the final soft cap, or None.
         compute_dtype: dtype of the matrix products; None for that of `hidden_TD`. Losses are summed in float32
             (float64 for float64 inputs).
-        chunk_size: tokens whose logits exist at a time; `loss_chunk_tokens` of the vocabulary if left out. Memory is a
-            few times their logits in float32.
+        chunk_size: tokens whose logits exist at a time; `loss_chunk_tokens` of the vocabulary if left out.
         compiled: whether `torch.compile` fuses the passes over a chunk (needs a C++ compiler on the CPU).
 
     Returns:
         () the sum, in nats. Divide by the number of labels for the mean.
     """
-    size = loss_chunk_tokens(embedding_VD.shape[0]) if chunk_size is None else chunk_size
-    result: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    block_loss = _compiled_block_loss() if compiled else _block_loss
+
+    def chunk_loss(logits_CV: Tensor, places_C: Tensor, needs_gradient: bool) -> Tensor:
+        labels_C = labels_T[places_C]
+        losses = [block_loss(logits_CV[block], labels_C[block], cap, needs_gradient) for block in blocks(logits_CV)]
+        return torch.stack(losses).sum()
+
+    return chunked_head_loss(
         hidden_TD,
         embedding_VD,
-        labels_T,
-        cap,
-        compute_dtype or hidden_TD.dtype,
-        size,
-        compiled,
-        torch.is_grad_enabled(),
+        trained_places(labels_T),
+        chunk_loss,
+        compute_dtype=compute_dtype,
+        chunk_size=chunk_size,
     )
-    return result
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        embedding_VD: Tensor,
-        labels_T: Tensor,
-        cap: float | None,
-        compute_dtype: torch.dtype,
-        chunk_size: int,
-        compiled: bool,
-        is_grad_enabled: bool,
-    ) -> Tensor:
-        # needs_input_grad alone says yes for any parameter, under no_grad too.
-        needs_hidden, needs_embedding = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
-        hidden_grad = torch.zeros_like(hidden_TD) if needs_hidden else None
-        embedding_grad = torch.zeros_like(embedding_VD, dtype=wide) if needs_embedding else None
-        embedding = embedding_VD.to(compute_dtype)
-        chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
-        for first in range(0, hidden_TD.shape[0], chunk_size):
-            rows = slice(first, first + chunk_size)
-            hidden = hidden_TD[rows].to(compute_dtype)
-            loss, gradient_CV = chunk_loss(hidden @ embedding.t(), labels_T[rows], cap)
-            total += loss
-            if hidden_grad is not None:
-                hidden_grad[rows] = gradient_CV @ embedding
-            if embedding_grad is not None:
-                embedding_grad += gradient_CV.t() @ hidden
-        ctx.save_for_backward(hidden_grad, embedding_grad)
-        ctx.embedding_dtype = embedding_VD.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, embedding_grad = ctx.saved_tensors
-        (scale,) = grad_outputs
-        if hidden_grad is not None:
-            hidden_grad = hidden_grad * scale.to(hidden_grad.dtype)
-        if embedding_grad is not None:
-            embedding_grad = (embedding_grad * scale).to(ctx.embedding_dtype)
-        return hidden_grad, embedding_grad, None, None, None, None, None, None
-
-
-def _chunk_loss(logits_CV: Tensor, labels_C: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, and its gradient in the logits before the cap, in their dtype."""
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
-    trained_C1 = (labels_C != IGNORE_INDEX)[:, None]
-    targets_C1 = labels_C.clamp(min=0)[:, None]
-    capped_CV = logits_CV.to(wide)
-    if cap is not None:
-        capped_CV = torch.tanh(capped_CV / cap) * cap
-    log_normalizer_C1 = torch.logsumexp(capped_CV, dim=1, keepdim=True)
-    loss = ((log_normalizer_C1 - capped_CV.gather(1, targets_C1)) * trained_C1).sum()
-    gradient_CV = torch.exp(capped_CV - log_normalizer_C1)
-    is_target_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == targets_C1
-    gradient_CV = gradient_CV - is_target_CV.to(wide)
-    if cap is not None:
-        gradient_CV = gradient_CV * (1.0 - (capped_CV / cap).square())  # d tanh = 1 - tanh²
-    return loss, (gradient_CV * trained_C1).to(logits_CV.dtype)
+def _block_loss(logits_RV: Tensor, labels_R: Tensor, cap: float | None, needs_gradient: bool) -> Tensor:
+    """The summed loss of a block; see `ChunkLoss`."""
+    labels_R1 = labels_R[:, None]
+    capped_RV, tanh_RV = widen_and_cap(logits_RV, cap)
+    targets_R1 = capped_RV.gather(1, labels_R1)
+    highest_R1 = capped_RV.amax(1, keepdim=True)
+    exponentials_RV = (capped_RV - highest_R1).exp_()
+    sums_R1 = exponentials_RV.sum(1, keepdim=True)
+    loss = (sums_R1.log() + highest_R1 - targets_R1).sum()
+    if needs_gradient:
+        gradient_RV = exponentials_RV.div_(sums_R1)
+        gradient_RV.scatter_add_(1, labels_R1, torch.full_like(targets_R1, -1.0))
+        write_gradient(logits_RV, gradient_RV, tanh_RV)
+    return loss
 
 
 @functools.cache
-def _compiled_chunk_loss() -> Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]]:
-    compiled: Callable[[Tensor, Tensor, float | None], tuple[Tensor, Tensor]] = torch.compile(_chunk_loss)
+def _compiled_block_loss() -> Callable[[Tensor, Tensor, float | None, bool], Tensor]:
+    compiled: Callable[[Tensor, Tensor, float | None, bool], Tensor] = torch.compile(_block_loss)
     return compiled

@@ -40,7 +40,53 @@ class Batch:
 
 
 Objective = Callable[[Gemma2ForCausalLM, Batch], Tensor]
-"""Returns the summed loss of a batch's labels, in nats; the loop divides by their number over the whole step."""
+"""Returns the summed loss of a batch, in nats; the loop divides by the number of units over the whole step, which a
+`CountUnits` counts: labels in most objectives, pairs for preferences."""
+
+CountUnits = Callable[[PackedBatch], int]
+"""How many units a batch's loss is the sum of."""
+
+
+def count_labels(packed: PackedBatch) -> int:
+    """The tokens that are trained on: the units of next-token prediction and of distillation."""
+    return packed.num_tokens
+
+
+class MetricSums:
+    """What an objective reports beside its loss: sums since they were last taken, and what to divide them by.
+
+    An objective that has something to report is given one when it is made. Whoever writes the log takes the means.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds values, one for each unit, without waiting for the device."""
+        total, count = self._sums.get(name, (torch.zeros((), dtype=torch.float64, device=values.device), 0))
+        self._sums[name] = (total + values.detach().sum(dtype=torch.float64), count + values.numel())
+
+    def take(self) -> dict[str, float]:
+        """The mean of each over the units since the last time; nothing of those that had none."""
+        means = {name: float(total) / count for name, (total, count) in self._sums.items() if count}
+        self._sums.clear()
+        return means
+
+
+def last_hidden_states(model: Gemma2ForCausalLM, batch: Batch, compute_dtype: torch.dtype) -> Tensor:
+    """(B, L, D) hidden states after the last norm.
+
+    Args:
+        model: with weights of any dtype.
+        batch: the tokens.
+        compute_dtype: dtype of matrix products, float32 or bfloat16.
+    """
+    is_mixed = compute_dtype == torch.bfloat16 and model.model.embed_tokens.weight.dtype == torch.float32
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=is_mixed):
+        hidden_BLD: Tensor = model.model(
+            batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids
+        )
+    return hidden_BLD
 
 
 def next_token_objective(*, compute_dtype: torch.dtype, compiled: bool) -> Objective:
@@ -52,10 +98,8 @@ def next_token_objective(*, compute_dtype: torch.dtype, compiled: bool) -> Objec
     """
 
     def objective(model: Gemma2ForCausalLM, batch: Batch) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=compute_dtype == torch.bfloat16):
-            hidden_BLD = model.model(batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
         return linear_cross_entropy(
-            hidden_BLD.flatten(0, 1),
+            last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
             model.lm_head.weight,
             batch.labels.flatten(),
             cap=model.config.final_logit_softcapping,

@@ -1,0 +1,168 @@
+"""Losses over a large vocabulary without its logits: head and final cap, a chunk of tokens at a time.
+
+    logits = cap · tanh(h Eᵀ / cap)
+
+The logits of 8192 tokens over 256,000 words are 7.8 GiB in float32, so they never exist as one tensor, forward or
+backward. Each chunk's gradient is formed while its logits are at hand, in their place, and goes straight into the
+gradients of the hidden states and, if it is trained, of the embedding. The backward pass only scales them. Tokens that
+are not trained on are not multiplied at all.
+
+What is minimized is a function of a chunk's logits: next tokens in `linear_cross_entropy`, a teacher's distribution in
+`distillation`.
+
+Axes: T tokens, N of them trained, D width, V vocabulary, C tokens of one chunk, R tokens of one block of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from gemma2.memory import BLOCK_LOGITS, loss_chunk_tokens
+
+IGNORE_INDEX: Final = -100
+"""A label that is not trained on, as in PyTorch and Hugging Face."""
+
+ChunkLoss = Callable[[Tensor, Tensor, bool], Tensor]
+"""Of (C, V) logits before the cap, (C,) int64 places of their tokens among T, and whether a gradient is needed: the
+() summed loss. The gradient in the logits, if needed, takes their place. Called where no gradient is recorded."""
+
+
+def trained_places(labels_T: Tensor) -> Tensor:
+    """(N,) int64: where the labels are not `IGNORE_INDEX`."""
+    return (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def chunked_head_loss(
+    hidden_TD: Tensor,
+    embedding_VD: Tensor,
+    places_N: Tensor,
+    chunk_loss: ChunkLoss,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Sum of a loss over the chosen tokens, differentiable in the hidden states and the embedding.
+
+    Args:
+        hidden_TD: (T, D) hidden states after the last norm.
+        embedding_VD: (V, D) tied embedding, which is the head. If it needs no gradient, none is formed.
+        places_N: (N,) int64, the tokens that are trained on, each once.
+        chunk_loss: what is minimized.
+        compute_dtype: dtype of the matrix products; None for that of `hidden_TD`.
+        chunk_size: tokens whose logits exist at a time; `loss_chunk_tokens` of the vocabulary if left out.
+
+    Returns:
+        () the sum, in float32 (float64 for float64 inputs).
+    """
+    result: Tensor = _ChunkedHeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_TD,
+        embedding_VD,
+        places_N,
+        chunk_loss,
+        compute_dtype or hidden_TD.dtype,
+        chunk_size or loss_chunk_tokens(embedding_VD.shape[0]),
+        torch.is_grad_enabled(),
+    )
+    return result
+
+
+class _ChunkedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        embedding_VD: Tensor,
+        places_N: Tensor,
+        chunk_loss: ChunkLoss,
+        compute_dtype: torch.dtype,
+        chunk_size: int,
+        is_grad_enabled: bool,
+    ) -> Tensor:
+        # needs_input_grad alone says yes for any parameter, under no_grad too.
+        needs_hidden, needs_embedding = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        wide = wide_dtype(hidden_TD.dtype)
+        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        hidden_grad = torch.zeros_like(hidden_TD) if needs_hidden else None
+        embedding_grad = torch.zeros_like(embedding_VD, dtype=wide) if needs_embedding else None
+        embedding = embedding_VD.to(compute_dtype)
+        for places_C, hidden_CD, logits_CV in logit_chunks(hidden_TD, embedding, places_N, chunk_size):
+            total += chunk_loss(logits_CV, places_C, needs_hidden or needs_embedding)
+            if hidden_grad is not None:
+                hidden_grad[places_C] = (logits_CV @ embedding).to(hidden_grad.dtype)
+            if embedding_grad is not None:
+                add_product(embedding_grad, logits_CV.t(), hidden_CD)
+        ctx.save_for_backward(hidden_grad, embedding_grad)
+        ctx.embedding_dtype = embedding_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, embedding_grad = ctx.saved_tensors
+        (scale,) = grad_outputs
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * scale  # in its own dtype
+        if embedding_grad is not None:
+            embedding_grad = (embedding_grad * scale).to(ctx.embedding_dtype)
+        return hidden_grad, embedding_grad, None, None, None, None, None
+
+
+def logit_chunks(
+    hidden_TD: Tensor, embedding_VD: Tensor, places_N: Tensor, chunk_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (C,) places, their (C, D) hidden states and (C, V) logits before the cap, in the embedding's dtype.
+
+    All logits lie in the same memory, one chunk after the other: use or overwrite them before the next comes.
+    """
+    num_rows = min(chunk_size, places_N.shape[0])
+    if num_rows == 0:
+        return
+    buffer = torch.empty((num_rows, embedding_VD.shape[0]), dtype=embedding_VD.dtype, device=embedding_VD.device)
+    for places_C in torch.split(places_N, chunk_size):
+        hidden_CD = hidden_TD[places_C].to(embedding_VD.dtype)
+        logits_CV = buffer[: places_C.shape[0]]
+        torch.mm(hidden_CD, embedding_VD.t(), out=logits_CV)
+        yield places_C, hidden_CD, logits_CV
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left · right, where the factors may be narrower than the total."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def blocks(logits_CV: Tensor) -> Iterator[slice]:
+    """Yields slices of a chunk's rows whose float32 values stay in the processor's cache between passes over them."""
+    num_rows, vocab_size = logits_CV.shape
+    size = max(1, BLOCK_LOGITS // vocab_size) if logits_CV.device.type == "cpu" else max(1, num_rows)
+    for first in range(0, num_rows, size):
+        yield slice(first, first + size)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and exponentials are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def widen_and_cap(logits_RV: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """The capped logits in float32 (or float64), and tanh(logits / cap), which the way back needs.
+
+    Without a cap the first may be the memory of `logits_RV` itself.
+    """
+    wide_RV = logits_RV.to(wide_dtype(logits_RV.dtype))
+    if cap is None:
+        return wide_RV, None
+    tanh_RV = wide_RV.div(cap).tanh_()
+    return tanh_RV * cap, tanh_RV
+
+
+def write_gradient(logits_RV: Tensor, gradient_RV: Tensor, tanh_RV: Tensor | None) -> None:
+    """Overwrites logits with their gradient, given the one in the capped logits; both arguments are used up."""
+    if tanh_RV is not None:
+        gradient_RV.addcmul_(gradient_RV, tanh_RV.square_(), value=-1)  # d tanh = 1 - tanh²
+    logits_RV.copy_(gradient_RV)
