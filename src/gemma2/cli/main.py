@@ -30,6 +30,8 @@ VERBS: Final = {
     "pull": "download a model from the Hugging Face Hub",
     "quantize": "round a model's weights to 8 or 4 bits, into a folder that loads at once",
     "pretrain": "train a model from scratch, from a file of settings",
+    "tune": "fine-tune a model on examples, whole or by an adapter, from a file of settings",
+    "merge": "fold adapters into a model's weights, or average the weights of several models",
 }
 """Each verb and its line in --help."""
 
@@ -39,7 +41,7 @@ EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
 
 # Which extra brings a library that running does not need.
-_EXTRAS: Final = {"torch": "torch", "pydantic": "train", "yaml": "train", "matplotlib": "train", "zstandard": "train"}
+_EXTRAS: Final = {"torch": "torch", "pydantic": "train", "yaml": "train", "matplotlib": "train", "zstandard": "train", "peft": "train"}
 
 
 class Verb(Protocol):

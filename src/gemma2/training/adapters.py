@@ -7,7 +7,7 @@ Adapters are float32, whatever the frozen weights are.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ def save_adapter(
     *,
     base_model: str,
     first_values: dict[str, Tensor] | None = None,
+    extra_files: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT, vLLM and `gemma2` read.
 
@@ -104,12 +105,13 @@ def save_adapter(
         settings: as they were added.
         base_model: what to name as the model that it belongs to.
         first_values: from `adapter_first_values`, before the first step; needed for pissa and olora.
+        extra_files: name → contents of further files.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = _lora_config(settings)
     config.base_model_name_or_path = base_model
@@ -122,12 +124,15 @@ def save_adapter(
         if settings.use_rslora:
             config.lora_alpha = settings.lora_alpha * 2**0.5
     with staging_folder(folder, may_overwrite=lambda _: True) as staging, clear_errors(folder):
-        save_file(
+        # Not save_file, which lets nobody but the owner read what it writes.
+        data = save(
             {f"{PREFIX}{name}": value.detach().cpu().contiguous() for name, value in tensors.items()},
-            staging / ADAPTER_WEIGHTS_FILE,
             metadata={"format": "pt"},
         )
+        (staging / ADAPTER_WEIGHTS_FILE).write_bytes(data)
         config.save_pretrained(str(staging))
+        for name, contents in (extra_files or {}).items():
+            (staging / name).write_text(contents, encoding="utf-8")
         publish(staging, folder, weights=_weight_files, config_file=ADAPTER_CONFIG_FILE)
     return folder
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from gemma2.data import PackedBatch, ValidationSet
 from gemma2.errors import DataError
 from gemma2.model.modeling import Gemma2ForCausalLM
-from gemma2.training.objectives import Batch, Objective
+from gemma2.training.objectives import Batch, CountUnits, MetricSums, Objective, count_labels
 from gemma2.training.optimizer import learning_rate_at, make_optimizer
 from gemma2.training.memory_use import peak_memory_bytes
 from gemma2.training.run_log import RunLog, plot_losses
@@ -80,14 +80,14 @@ def validate(
     validation: ValidationSet,
     *,
     device: torch.device,
-    count: Callable[[PackedBatch], int] = lambda packed: packed.num_tokens,
+    count_units: CountUnits = count_labels,
 ) -> ValidationResult:
     """Measures the model on a fixed set of batches."""
     model.eval()
     total, number = 0.0, 0
     for packed in validation.batches:
         total += float(objective(model, Batch.on_device(packed, device)))
-        number += count(packed)
+        number += count_units(packed)
     model.train()
     return ValidationResult(
         loss=total / number, bits_per_byte=total / math.log(2) / max(1, validation.num_bytes)
@@ -108,7 +108,8 @@ class Trainer:
         folder: where log.jsonl, loss.png and checkpoints/ go.
         progress: is told of each step.
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
-        count: what the summed loss of a batch is divided by; left out, its labels.
+        count_units: what the summed loss of a batch is divided by; left out, its labels.
+        metrics: what the objective reports beside its loss, for the log.
     """
 
     def __init__(
@@ -124,7 +125,8 @@ class Trainer:
         folder: Path,
         progress: Progress,
         fingerprint: dict[str, Any],
-        count: Callable[[PackedBatch], int] = lambda packed: packed.num_tokens,
+        count_units: CountUnits = count_labels,
+        metrics: MetricSums | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -137,7 +139,8 @@ class Trainer:
         self.folder = folder
         self.progress = progress
         self.fingerprint = fingerprint
-        self.count = count
+        self.count_units = count_units
+        self.metrics = metrics
         self.device = next(model.parameters()).device
         self.step = 0
         self.tokens_seen = 0
@@ -234,6 +237,7 @@ class Trainer:
                     tokens_per_second=round(report.tokens_per_second, 1),
                     memory_bytes=report.memory_bytes,
                     seconds=round(self._total_seconds(), 1),
+                    **self._taken_metrics(),
                 )
                 self.progress.on_step(report)
                 since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
@@ -255,7 +259,8 @@ class Trainer:
 
     def _validate(self, validation: ValidationSet, log: RunLog) -> ValidationResult:
         """Measures, and keeps the weights if they are the best so far and that is wanted."""
-        result = validate(self.model, self.objective, validation, device=self.device, count=self.count)
+        self._taken_metrics()  # of training steps since the last line of the log
+        result = validate(self.model, self.objective, validation, device=self.device, count_units=self.count_units)
         log.write(
             event="validation",
             step=self.step,
@@ -263,6 +268,7 @@ class Trainer:
             loss=round(result.loss, 5),
             perplexity=round(result.perplexity, 3),
             bits_per_byte=round(result.bits_per_byte, 5),
+            **self._taken_metrics(),
         )
         self.progress.on_validation(self.step, result.loss, result.bits_per_byte)
         self.validations_since_best += 1
@@ -271,6 +277,9 @@ class Trainer:
             if self.run_settings.keep_best:
                 save_best(self.folder / "checkpoints", {"step": self.step, "model": self._trained()})
         return result
+
+    def _taken_metrics(self) -> dict[str, float]:
+        return {} if self.metrics is None else {name: round(value, 5) for name, value in self.metrics.take().items()}
 
     def _total_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
@@ -285,7 +294,7 @@ class Trainer:
             ) from None
         batch = Batch.on_device(packed, self.device)
         num_tokens = packed.num_tokens
-        divisor = max(1, self.count(packed))
+        divisor = max(1, self.count_units(packed))
         num_rows = batch.input_ids.shape[0]
         micro = self.run_settings.micro_batch_size or num_rows
         total = torch.zeros((), device=self.device)

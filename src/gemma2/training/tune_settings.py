@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from gemma2.data import Format, OnError, Template, TooLong, TrainOn
 from gemma2.errors import nearest_name
 from gemma2.memory import ADAPTABLE_MODULES
 from gemma2.training.settings import LoopSettings, OptimizerSettings
@@ -73,16 +74,15 @@ class ExampleDataSettings(Section):
 
     train: list[str] = Field(min_length=1)
     validation: list[str] = Field(default_factory=list)
-    form: Literal[
-        "auto", "messages", "prompt_completion", "text", "sharegpt", "alpaca", "question_answer", "preference"
-    ] = "auto"
+    format: Format = "auto"
+    """The form of the examples; auto tells it from their columns."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Which key of a record holds what the form calls so: {prompt: question}."""
-    template: Literal["chat", "none"] = "chat"
+    """Which column of a record holds what the format calls so: {prompt: question}."""
+    template: Template = "chat"
     """How a prompt and its completion are put together: as turns of Gemma's chat format, or one after the other."""
-    train_on: Literal["answers", "last_answer", "all"] = "answers"
-    too_long: Literal["skip", "truncate", "raise"] = "skip"
-    on_error: Literal["raise", "skip"] = "raise"
+    train_on: TrainOn = "answers"
+    too_long: TooLong = "skip"
+    on_error: OnError = "raise"
     packing: bool = True
     """Whether several examples share a row, without seeing each other."""
     max_train_examples: int | None = Field(default=None, ge=1)
@@ -95,7 +95,7 @@ class TuneObjectiveSettings(Section):
     kind: Literal["next_token", "dpo"] = "next_token"
     beta: float = Field(default=0.1, gt=0)
     """dpo: how dear it is to leave the model that tuning began with."""
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    loss_type: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """dpo: share of pairs that are thought to be the wrong way round."""
 
@@ -116,8 +116,8 @@ class TuneRunSettings(LoopSettings):
     batch_size: int = Field(default=8, ge=1)
     num_epochs: int | None = Field(default=None, ge=1)
     num_steps: int | None = Field(default=None, ge=1)
-    sequence_length: int = Field(default=1024, ge=2)
-    """Tokens of a row, and of the longest example."""
+    sequence_length: int | None = Field(default=None, ge=2)
+    """Tokens of a row, and of the longest example; left out, the model's context, but no more than 1024."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     @model_validator(mode="after")
@@ -161,10 +161,13 @@ class TuneSettings(Section):
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self.run, name) and not self.data.validation:
                 raise ValueError(f"run.{name} goes by the validation loss; name files under data.validation")
-        if self.data.form not in ("auto", "preference") and self.objective.kind == "dpo":
-            raise ValueError(f"objective.kind dpo needs pairs, but data.form is {self.data.form}")
-        if self.data.form == "preference" and self.objective.kind != "dpo":
-            raise ValueError("data.form is preference, which objective.kind dpo learns from; set that")
+        if self.data.format not in ("auto", "preference") and self.objective.kind == "dpo":
+            raise ValueError(f"objective.kind dpo needs pairs, but data.format is {self.data.format}")
+        smooth = self.objective.label_smoothing
+        if smooth and (self.objective.kind != "dpo" or self.objective.loss_type not in ("sigmoid", "robust")):
+            raise ValueError("objective.label_smoothing is of dpo with loss_type sigmoid or robust only; leave it out")
+        if self.data.format == "preference" and self.objective.kind != "dpo":
+            raise ValueError("data.format is preference, which objective.kind dpo learns from; set that")
         return self
 
 

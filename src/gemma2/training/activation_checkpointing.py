@@ -1,0 +1,3 @@
+"""placeholder until merged"""
+def checkpoint_layers(model):
+    raise AssertionError
