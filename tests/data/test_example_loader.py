@@ -149,15 +149,16 @@ def test_pairs_are_neighbours_in_one_row(pairs: TokenizedExamples, packing: bool
                 assert chosen_then_rejected[chosen] == rejected
 
 
-def test_rows_of_one_example_are_as_wide_as_the_longest(chats: TokenizedExamples) -> None:
-    widths = Counter[int]()
-    for batch in loader(chats, packing=False, batch_size=2, num_epochs=1):
+def test_rows_of_one_example_are_as_wide_as_the_longest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file = write_records(tmp_path / "x.jsonl", random_chats(seed=5, count=60, longest=80))
+    chats = tokenize_examples(file, tokenizer, sequence_length=150, too_long="truncate")
+    widths = set()
+    for batch in loader(chats, packing=False, batch_size=1, num_epochs=1):
         longest = max(np.count_nonzero(row) for row in batch.segment_ids)
-        width = batch.input_ids.shape[1]
-        assert width == min(LENGTH, -(-longest // 64) * 64)
-        widths[width] += 1
-    assert set(widths) == {64, 128, 192, LENGTH}
-    assert {batch.input_ids.shape for batch in loader(chats)} == {(3, LENGTH)}
+        assert batch.input_ids.shape[1] == min(150, -(-longest // 64) * 64)
+        widths.add(batch.input_ids.shape[1])
+    assert widths == {64, 128, 150}
+    assert {batch.input_ids.shape for batch in loader(chats)} == {(3, 150)}
 
 
 # Processes
