@@ -312,7 +312,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "messages",
         {"messages": [{"role": "asistant", "content": "a"}]},
         "wrong roles",
-        r"'messages', message 0: the role must be one of system, user, .*, but is 'asistant'. Did you mean 'assistant'\?",
+        r"'messages', message 0: the role must be one of system, .*, but is 'asistant'. Did you mean 'assistant'\?",
     ),
     "role that is null": ("messages", {"messages": [{"role": None, "content": "a"}]}, "wrong roles", "but is None"),
     "a tool's turn": (

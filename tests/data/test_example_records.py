@@ -151,6 +151,17 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         read("hf:nobody/none")
 
 
+def test_a_name_of_the_hub_never_means_files_that_lie_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "x.json", RECORDS)
+    with pytest.raises(DataError, match="hf:json: 'json' is a kind of file and no dataset; name the files themselves"):
+        read("hf:json")
+    (tmp_path / "some" / "chats").mkdir(parents=True)
+    with pytest.raises(DataError, match="hf:some/chats: some/chats is a file or folder here; to read it, leave out"):
+        read("hf:some/chats")
+
+
 @pytest.mark.parametrize("name", ["hf:", "hf:a::b", "hf:a:b:c:d"])
 def test_a_name_that_the_hub_cannot_have(name: str) -> None:
     with pytest.raises(DataError, match=f"{name}: a dataset of the Hub is named hf:name, hf:name:split or"):

@@ -86,6 +86,12 @@ def read_hub(name: HubName) -> Iterator[RecordOrError]:
         DataError: there is no such dataset, configuration or split, or no way to it.
     """
     datasets = _import_datasets(name.text)
+    # The library prefers a folder of this name, and one of its own readers, such as "json", which reads whatever lies
+    # in the folder that the program runs in.
+    if Path(name.dataset).exists():
+        raise DataError(f"{name.text}: {name.dataset} is a file or folder here; to read it, leave out {HUB_PREFIX!r}")
+    if hasattr(getattr(datasets, "packaged_modules", None), name.dataset):
+        raise DataError(f"{name.text}: {name.dataset!r} is a kind of file and no dataset; name the files themselves")
     try:
         dataset = datasets.load_dataset(name.dataset, name.configuration, split=name.split)
     except Exception as error:  # as above, those of the network included

@@ -26,7 +26,7 @@ _INT32: Final = "i"
 assert array(_INT32).itemsize == 4
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TokenizedExamples:
     """Examples, or preference pairs, that are tokenized and cut to length. Made by `tokenize_examples`."""
 
@@ -60,6 +60,9 @@ class TokenizedExamples:
     def __len__(self) -> int:
         """The number of examples; a pair is one."""
         return len(self.numbers)
+
+    def __repr__(self) -> str:
+        return f"TokenizedExamples({len(self)} {'pairs' if self.are_pairs else 'examples'}, {len(self.tokens)} tokens)"
 
     @property
     def sequences_per_example(self) -> int:
