@@ -18,7 +18,7 @@ from typing import Any, Final, overload
 import numpy as np
 import numpy.typing as npt
 
-from gemma2.checkpoints import is_packed, open_checkpoint, open_packed, packed_model, resolve_model
+from gemma2.checkpoints import is_packed, open_adapter, open_checkpoint, open_packed, packed_model, resolve_model
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, SamplingError, nearest_name
 from gemma2.generation import Completion, Engine, Prompt

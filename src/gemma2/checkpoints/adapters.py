@@ -60,7 +60,7 @@ class LowRankUpdate:
         changed = weight + (self.scale * self.b) @ self.a
         if self.magnitude is not None:
             changed *= (self.magnitude / np.linalg.norm(changed, axis=1))[:, None]
-        return changed
+        return changed.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +151,8 @@ def _refuse_what_is_not_read(settings: Mapping[str, Any], file: Path) -> None:
         raise CheckpointError(f"{file}: peft_type must be LORA, the kind of adapter that is read, but is {kind!r}")
     if settings.get("modules_to_save"):
         raise CheckpointError(
-            f"{file}: modules_to_save holds {settings['modules_to_save']}, whole matrices beside the adapter, which are "
-            "not read; merge the adapter with PEFT and use the merged model"
+            f"{file}: modules_to_save holds {settings['modules_to_save']}, whole matrices beside the adapter, which "
+            "are not read; merge the adapter with PEFT and use the merged model"
         )
     if settings.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias is {settings['bias']!r}, but Gemma 2 has no biases; it must be 'none'")

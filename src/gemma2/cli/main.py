@@ -41,7 +41,14 @@ EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
 
 # Which extra brings a library that running does not need.
-_EXTRAS: Final = {"torch": "torch", "pydantic": "train", "yaml": "train", "matplotlib": "train", "zstandard": "train", "peft": "train"}
+_EXTRAS: Final = {
+    "torch": "torch",
+    "pydantic": "train",
+    "yaml": "train",
+    "matplotlib": "train",
+    "zstandard": "train",
+    "peft": "train",
+}
 
 
 class Verb(Protocol):

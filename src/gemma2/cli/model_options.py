@@ -23,6 +23,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", metavar="MODEL", help="a folder, or a name on the Hub that was pulled (default: the bundled model)"
     )
+    group.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA adapter to run on top of the model, as `gemma2 tune` writes it"
+    )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes (default: %(default)s)")
     group.add_argument("--weights", choices=WEIGHTS, default="auto", help="how weights are kept (default: %(default)s)")
     group.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="how the CPU engine keeps keys and values")
@@ -46,6 +49,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
     with waiting:
         return load(
             args.model,
+            adapter=args.adapter,
             backend=args.backend,
             weights=args.weights,
             device=args.device,

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the verb's arguments."""
     parser.description = (
         "Fine-tunes a model on examples: every weight, or a LoRA adapter on frozen weights, which may be quantized.\n"
-        "Called again with the same settings, it goes on from the last checkpoint. Ctrl-C writes a checkpoint and stops."
+        "Called again with the same settings, it goes on from the last checkpoint. Ctrl-C writes one and stops."
     )
     parser.epilog = _EXAMPLES
     parser.add_argument("settings", type=Path, metavar="SETTINGS.yaml", help="see examples/tune-*.yaml")

@@ -77,7 +77,7 @@ def _packed(runtime: kernels.Runtime, rows: Floats, weight_format: str) -> kerne
     packer = Packer(weight_format, runtime.num_threads)
     data = aligned_memory(packer.num_bytes(*rows.shape))
     packer.pack(rows, data)
-    return kernels.Matrix(weight_format, *rows.shape, data)
+    return kernels.Matrix(weight_format, rows.shape[0], rows.shape[1], data)
 
 
 def _stretch(
@@ -95,8 +95,6 @@ def _stretch(
         count = rows.stop - first
         start = kernels.matrix_bytes(matrix.format, first, matrix.inputs) if first else 0
         end = start + kernels.matrix_bytes(matrix.format, count, matrix.inputs)
-        weight = kernels.unpack_matrix(
-            runtime, kernels.Matrix(matrix.format, count, matrix.inputs, data[start:end])
-        )
+        weight = kernels.unpack_matrix(runtime, kernels.Matrix(matrix.format, count, matrix.inputs, data[start:end]))
         stretch[rows] = magnitude[rows] / np.linalg.norm(weight + b[rows] @ a, axis=1)
     return np.where(np.isnan(magnitude), np.float32(1), stretch)

@@ -103,11 +103,12 @@ class CpuModel:
 
         def linear(name: str) -> Linear:
             own = [(part_shapes[part][0], updates.get(part)) for part in parts[name]]
-            is_changed = any(update is not None for _, update in own)
-            return Linear(
-                matrix=matrix(name),
-                update=LowRankMap(runtime, matrix(name), packed.tensors[name], own, MAX_ROWS) if is_changed else None,
-            )
+            base = matrix(name)
+            if all(update is None for _, update in own):
+                return Linear(matrix=base, update=None)
+            data = packed.tensors[name]
+            assert data.dtype == np.uint8
+            return Linear(matrix=base, update=LowRankMap(runtime, base, data.view(np.uint8), own, MAX_ROWS))
 
         def layer(index: int) -> Layer:
             prefix = f"model.layers.{index}."
@@ -240,7 +241,9 @@ class CpuModel:
             if len(self._buffers) > 64:  # many lengths of chunks: views cost little, but not nothing
                 self._buffers = {MAX_ROWS: self._buffers[MAX_ROWS]}
             if MAX_ROWS not in self._buffers:
-                self._buffers[MAX_ROWS] = Buffers.allocate(self.config, self.layers[0].qkv_proj.matrix.activation_format)
+                self._buffers[MAX_ROWS] = Buffers.allocate(
+                    self.config, self.layers[0].qkv_proj.matrix.activation_format
+                )
             buffers = self._buffers[num_rows] = self._buffers[MAX_ROWS].first_rows(num_rows)
         return buffers
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from gemma2.data import PackedBatch, ValidationSet
 from gemma2.errors import DataError
 from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.memory_use import peak_memory_bytes
 from gemma2.training.objectives import Batch, CountUnits, MetricSums, Objective, count_labels
 from gemma2.training.optimizer import learning_rate_at, make_optimizer
-from gemma2.training.memory_use import peak_memory_bytes
 from gemma2.training.run_log import RunLog, plot_losses
 from gemma2.training.run_state import load_best, save_best, save_run_state
 from gemma2.training.settings import LoopSettings, OptimizerSettings
@@ -89,9 +89,7 @@ def validate(
         total += float(objective(model, Batch.on_device(packed, device)))
         number += count_units(packed)
     model.train()
-    return ValidationResult(
-        loss=total / number, bits_per_byte=total / math.log(2) / max(1, validation.num_bytes)
-    )
+    return ValidationResult(loss=total / number, bits_per_byte=total / math.log(2) / max(1, validation.num_bytes))
 
 
 class Trainer:

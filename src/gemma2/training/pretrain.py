@@ -31,6 +31,7 @@ from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSe
 SAMPLE_PIECE_CHARACTERS = 20_000
 """A tokenizer's sample is drawn in pieces of a few pages, so that every book can be in it."""
 
+
 def pretrain(
     settings: PretrainSettings,
     *,

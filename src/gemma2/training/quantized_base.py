@@ -7,6 +7,7 @@ gradient flows through to the adapters of earlier layers, none reaches the matri
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -29,25 +30,25 @@ def quantized_linear(kind: str, compute_dtype: str, linear: nn.Linear) -> nn.Mod
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError(
-            "model.quantization needs bitsandbytes, which is not installed; install it with: pip install 'gemma2[train]'"
+            "model.quantization needs bitsandbytes, which is not installed; install it: pip install 'gemma2[train]'"
         )
-    import bitsandbytes
+    library: Any = importlib.import_module("bitsandbytes.nn")
 
     weight = linear.weight.data
     shape = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": False}
     module: Any
     if kind == "nf4":
-        module = bitsandbytes.nn.Linear4bit(
+        module = library.Linear4bit(
             **shape,
             compute_dtype=getattr(torch, compute_dtype),
             quant_type="nf4",
             compress_statistics=True,
             device="meta",
         )
-        module.weight = bitsandbytes.nn.Params4bit(
+        module.weight = library.Params4bit(
             weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module
         ).to(weight.device)
     else:
-        module = bitsandbytes.nn.Linear8bitLt(**shape, has_fp16_weights=False, device="meta")
-        module.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        module = library.Linear8bitLt(**shape, has_fp16_weights=False, device="meta")
+        module.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
     return module  # type: ignore[no-any-return]

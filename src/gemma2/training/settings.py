@@ -67,7 +67,7 @@ class LoopSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Weights that are trained and the optimizer are float32 in any case."""
     gradient_checkpointing: bool = False
-    """Whether each layer keeps only its input and is computed again in the backward pass: less memory, a third slower."""
+    """Whether each layer keeps only its input and is computed again in the backward pass: less memory, more time."""
     compile: bool = False
     """Whether torch.compile fuses the loss over the vocabulary; needs a C++ compiler on the CPU."""
     device: str = "auto"

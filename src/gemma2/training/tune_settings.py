@@ -53,8 +53,8 @@ class AdapterSettings(Section):
         for name in names:
             if name in ("lm_head", "embed_tokens"):
                 raise ValueError(
-                    f"{name} cannot have an adapter: embedding and head are one matrix in Gemma 2, and an adapter would "
-                    "change one of the two uses only"
+                    f"{name} cannot have an adapter: embedding and head are one matrix in Gemma 2, and an adapter "
+                    "would change one of the two uses only"
                 )
             if name not in ADAPTABLE_MODULES:
                 raise ValueError(
@@ -149,15 +149,15 @@ class TuneSettings(Section):
     def _fitting(self) -> TuneSettings:
         if self.model.quantization != "none" and self.adapter is None:
             raise ValueError(
-                f"model.quantization: weights in {self.model.quantization} cannot be trained themselves; add an adapter, "
-                "or take quantization away"
+                f"model.quantization: weights in {self.model.quantization} cannot be trained themselves; add an "
+                "adapter, or take quantization away"
             )
-        if self.adapter is not None and self.adapter.init_lora_weights in ("pissa", "olora"):
-            if self.model.quantization != "none":
-                raise ValueError(
-                    f"adapter.init_lora_weights: {self.adapter.init_lora_weights} changes the frozen weights, which "
-                    f"{self.model.quantization} would round once more; leave model.quantization out"
-                )
+        init = None if self.adapter is None else self.adapter.init_lora_weights
+        if init in ("pissa", "olora") and self.model.quantization != "none":
+            raise ValueError(
+                f"adapter.init_lora_weights: {init} changes the frozen weights, which {self.model.quantization} would "
+                "round once more; leave model.quantization out"
+            )
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self.run, name) and not self.data.validation:
                 raise ValueError(f"run.{name} goes by the validation loss; name files under data.validation")
