@@ -142,7 +142,9 @@ def test_mistakes_are_found_before_anything_runs(
 def test_a_model_that_cannot_run_leaves_what_is_known(
     capsys: pytest.CaptureFixture[str], files: Path, packed: Path
 ) -> None:
-    status = main(["eval", str(files), "-q", "--threads", "1", "--model", str(packed), "--weights", "q4", "--weights", "q8"])
+    status = main(
+        ["eval", str(files), "-q", "--threads", "1", "--model", str(packed), "--weights", "q4", "--weights", "q8"]
+    )
     captured = capsys.readouterr()
     assert status == EXIT_FAILED
     assert rows(captured.out)["all"][0] == "4" and f"{packed}, q4" in captured.out
@@ -184,9 +186,7 @@ def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
         assert terminal.wait_for_end() == EXIT_INTERRUPTED
 
 
-def test_a_log_gets_lines(
-    capsys: pytest.CaptureFixture[str], files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_gets_lines(capsys: pytest.CaptureFixture[str], files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma2.cli.eval._SECONDS_BETWEEN_LINES", 0.0)
     assert main(["eval", str(files), "--threads", "1"]) == 0
     lines = capsys.readouterr().err.splitlines()

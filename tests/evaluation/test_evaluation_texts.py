@@ -56,7 +56,9 @@ def test_halves_of_a_text_share_its_bytes(tokenizer: Tokenizer) -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     (tmp_path / "a.txt").write_text("The first text, in a file of its own.", encoding="utf-8")
-    lines = [json.dumps({"text": text, "other": "x"}) for text in ("One line.", "", "Another line: é🤗漢字.", "A third.")]
+    lines = [
+        json.dumps({"text": text, "other": "x"}) for text in ("One line.", "", "Another line: é🤗漢字.", "A third.")
+    ]
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as stream:
         stream.write("\n".join(lines))
     return tmp_path

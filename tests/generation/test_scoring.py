@@ -159,7 +159,7 @@ def _cpu_llm() -> Any:
 
 @pytest.mark.parametrize(("make", "tolerance"), [(_cpu_llm, 0.0), (_torch_llm, 2e-5)], ids=["cpu", "torch"])
 def test_forks_of_real_models_are_as_good_as_reading_all_again(make: Callable[[], Any], tolerance: float) -> None:
-    """The context ends in the middle of a block, beyond the local layers' window; the answers are long enough to slide."""
+    """The context ends within a block, beyond the local layers' window; the answers are long enough to slide."""
     torch.set_num_threads(1)
     engine = make().engine
     random = np.random.default_rng(0)

@@ -31,8 +31,8 @@ _SECONDS_BETWEEN_LINES: Final = 60.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.description = (
-        "Measures how well a model predicts text: bits per byte and perplexity. Long documents are read in windows that\n"
-        "overlap, each with <bos> first; every token is scored once, and documents do not see each other."
+        "Measures how well a model predicts text: bits per byte and perplexity. Long documents are read in windows\n"
+        "that overlap, each with <bos> first; every token is scored once, and documents do not see each other."
     )
     parser.add_argument(
         "files",
@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "same text, and a table compares them. Bits per byte compare any two models. Perplexity is per token, and\n"
         "compares only models with the same tokenizer.\n"
         "\n"
-        "Token number i of a document is predicted from <bos> and all i tokens before it, if i is less than --context;\n"
-        "else from <bos> and at least --context minus --stride of them. Ctrl-C shows what is known so far."
+        "Token number i of a document is predicted from <bos> and all i tokens before it, if i is less than\n"
+        "--context; else from <bos> and at least --context minus --stride of them. Ctrl-C shows what is known so far."
     )
 
 

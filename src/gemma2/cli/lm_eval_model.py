@@ -24,7 +24,7 @@ MODEL_ARGS: Final = (
 LM_EVAL_DEFAULT_DEVICE: Final = "cuda:0"
 
 
-@register_model("gemma2")  # type: ignore[untyped-decorator]
+@register_model("gemma2")
 class Gemma2LM(HarnessModel):
     """Loads a model for lm-eval.
 

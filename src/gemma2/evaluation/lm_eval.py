@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_GEN_TOKS: Final = 256
 """Of an answer whose task does not say; lm-eval's own default."""
 
-_LENGTHS: Final = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_LENGTHS: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING: Final = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
 _GENERATION: Final = ("until", "do_sample", "temperature", *_LENGTHS, *_SAMPLING)
 
@@ -127,9 +127,7 @@ class HarnessModel(LM):  # type: ignore[misc]
                     last = min(first + self.max_length, len(token_ids))
                     before = token_ids[max(0, last - self.max_length) : first]
                     owners.append(index)
-                    yield ScoringTask(
-                        context=np.concatenate([bos, before]), continuations=(token_ids[first:last],)
-                    )
+                    yield ScoringTask(context=np.concatenate([bos, before]), continuations=(token_ids[first:last],))
 
         sums = [0.0] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood_rolling") as bar:
@@ -162,12 +160,14 @@ class HarnessModel(LM):  # type: ignore[misc]
             SamplingError: an option is out of range.
         """
         engine = self._llm.engine
+        # All options are checked before the first text is made.
+        generations = [self._generation(*request.args, seed=number) for number, request in enumerate(requests)]
         numbers: dict[str, int] = {}
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             try:
-                for number, request in enumerate(requests):
-                    numbers[engine.add_request(*self._generation(*request.args, seed=number))] = number
+                for number, generation in enumerate(generations):
+                    numbers[engine.add_request(*generation)] = number
                 while numbers:
                     for delta in engine.step():
                         if delta.completion is None or delta.request_id not in numbers:
@@ -181,9 +181,7 @@ class HarnessModel(LM):  # type: ignore[misc]
                     engine.abort(request_id)
         return texts
 
-    def _generation(
-        self, context: str, options: Mapping[str, Any], *, seed: int
-    ) -> tuple[TokenIds, SamplingParams]:
+    def _generation(self, context: str, options: Mapping[str, Any], *, seed: int) -> tuple[TokenIds, SamplingParams]:
         for name in options:
             if name not in _GENERATION:
                 raise ConfigError(
@@ -246,7 +244,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return np.array(ids, dtype=np.int32)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[TokenIds, TokenIds]:
-        """Cuts a pair as lm-eval does: spaces at the context's end go to the continuation, and both are cut as one text.
+        """Cuts a pair as lm-eval does: as one text, the spaces at the context's end being the continuation's.
 
         A continuation whose first letters would join the context's last token has that token scored as its own.
         """

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,7 +94,7 @@ def score_texts(
 
 def score_windows(
     backend: Backend, tokenizer: Tokenizer, texts: Iterable[EncodedText], windows: SlidingWindow
-) -> Iterator[tuple[int, TextScore]]:
+) -> Generator[tuple[int, TextScore], None, None]:
     """Scores texts window by window, for those who want to see how far it is, or to stop half-way.
 
     Args:
@@ -115,20 +116,20 @@ def score_windows(
         for number, text in enumerate(texts):
             for window in windows.windows(len(text.token_ids)):
                 num_bytes = text.num_bytes(window.first_scored, window.last)
-                coming.append(
-                    (number, TextScore(num_tokens=window.last - window.first_scored, num_bytes=num_bytes))
-                )
+                coming.append((number, TextScore(num_tokens=window.last - window.first_scored, num_bytes=num_bytes)))
                 yield ScoringTask(
                     context=np.concatenate([bos, text.token_ids[window.first : window.first_scored]]),
                     continuations=(text.token_ids[window.first_scored : window.last],),
                 )
 
-    for (scored,) in score_continuations(
+    scores = score_continuations(
         backend,
         tasks(),
         new_sequence_id=itertools.count().__next__,
         vocab_size=tokenizer.vocab_size,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-    ):
-        number, counts = coming.popleft()
-        yield number, counts + TextScore(nats=-float(scored.logprobs.sum(dtype=np.float64)))
+    )
+    with closing(scores):  # as soon as this one is
+        for (scored,) in scores:
+            number, counts = coming.popleft()
+            yield number, counts + TextScore(nats=-float(scored.logprobs.sum(dtype=np.float64)))

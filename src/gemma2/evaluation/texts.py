@@ -66,7 +66,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> EncodedText:
 
 
 def _extra_bytes(text: str, byte_ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How many bytes more stand before the end of each token, as U+2581 in a text (3 bytes) is a space (1) in tokens."""
+    """Bytes to add to the end of each token, as U+2581 takes three in the text, and tokens write it as a space."""
     starts = [len(part.encode()) for part in text.split(_SPACE_IN_PIECES)[:-1]]
     positions = np.cumsum(starts) + np.arange(len(starts))  # where the spaces stand
     extra = np.zeros(len(byte_ends), dtype=np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from numbers import Integral
 from typing import Final, TypeAlias, cast
 
@@ -165,7 +165,7 @@ class Engine:
             max_num_batched_tokens=self._max_num_batched_tokens,
         )
 
-    def score_continuations(self, tasks: Iterable[ScoringTask]) -> Iterator[tuple[ContinuationScore, ...]]:
+    def score_continuations(self, tasks: Iterable[ScoringTask]) -> Generator[tuple[ContinuationScore, ...], None, None]:
         """Scores continuations of contexts, many at once; see `gemma2.generation.score_continuations`.
 
         Args:

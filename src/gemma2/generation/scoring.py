@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,7 +52,7 @@ def score_continuations(
     new_sequence_id: Callable[[], int],
     vocab_size: int,
     max_num_batched_tokens: int,
-) -> Iterator[tuple[ContinuationScore, ...]]:
+) -> Generator[tuple[ContinuationScore, ...], None, None]:
     """Scores tasks, several in one step of the model where they are short.
 
     Tasks are taken one by one as there is room for them, so that they may be made on the way. Only rows whose logits
@@ -71,53 +71,13 @@ def score_continuations(
     Raises:
         SamplingError: the logits hold NaN or infinity.
     """
-    assert max_num_batched_tokens >= 1
-    max_rows = max(1, MAX_LOGITS_BYTES // (4 * backend.config.vocab_size))
-    coming = iter(tasks)
-    running: deque[_Run] = deque()
-    cached: set[int] = set()
-    unfinished: deque[list[_Score]] = deque()
+    pool = _Pool(backend, tasks, new_sequence_id, vocab_size)
     try:
-        while True:
-            steps: list[SequenceStep] = []
-            num_tokens, num_rows = max_num_batched_tokens, max_rows
-            for index in itertools.count():
-                if index == MAX_NUM_SEQS or not num_tokens or not num_rows:
-                    break
-                if index == len(running):
-                    task = next(coming, None)
-                    if task is None:
-                        break
-                    scores = [_Score(continuation) for continuation in task.continuations]
-                    unfinished.append(scores)
-                    running.append(_first_run(new_sequence_id(), task, scores))
-                step = running[index].next_step(num_tokens, num_rows)
-                steps.append(step)
-                num_tokens -= len(step.token_ids)
-                num_rows -= step.num_logits
-            if not steps:
-                return
-            cached.update(step.sequence_id for step in steps)
-            rows = iter(backend.forward(StepBatch(steps=tuple(steps))))
-            forks: list[_Run] = []
-            for step in steps:
-                run = running[0]
-                run.take(step, itertools.islice(rows, step.num_logits), vocab_size)
-                if not run.is_read:  # only the last one meets a limit
-                    break
-                for fork in run.forks(new_sequence_id):
-                    cached.add(fork.sequence_id)
-                    backend.fork(run.sequence_id, fork.sequence_id)
-                    forks.append(fork)
-                backend.free(run.sequence_id)
-                cached.remove(run.sequence_id)
-                running.popleft()
-            running.extendleft(reversed(forks))
-            while unfinished and all(score.is_complete for score in unfinished[0]):
-                yield tuple(score.result() for score in unfinished.popleft())
+        while steps := pool.next_steps(max_num_batched_tokens):
+            pool.take(steps, backend.forward(StepBatch(steps=steps)))
+            yield from pool.finished_tasks()
     finally:
-        for sequence_id in cached:
-            backend.free(sequence_id)
+        pool.free_all()
 
 
 def score(
@@ -154,6 +114,79 @@ def score(
         max_num_batched_tokens=max_num_batched_tokens,
     )
     return scored.logprobs
+
+
+class _Pool:
+    """The sequences that are on their way through the model, and the tasks that they belong to."""
+
+    def __init__(
+        self, backend: Backend, tasks: Iterable[ScoringTask], new_sequence_id: Callable[[], int], vocab_size: int
+    ) -> None:
+        self._backend = backend
+        self._coming = iter(tasks)
+        self._new_sequence_id = new_sequence_id
+        self._vocab_size = vocab_size
+        self._max_rows = max(1, MAX_LOGITS_BYTES // (4 * backend.config.vocab_size))
+        # What was begun stands first, so that few caches are half full at any time.
+        self._running: deque[_Run] = deque()
+        self._cached: set[int] = set()
+        self._unfinished: deque[list[_Score]] = deque()
+
+    def next_steps(self, num_tokens: int) -> tuple[SequenceStep, ...]:
+        """Fills a step with at most so many tokens; empty if nothing is left to do.
+
+        Only the last sequence in it can have a part left over, as only it can have met a limit.
+        """
+        assert num_tokens >= 1
+        steps: list[SequenceStep] = []
+        num_rows = self._max_rows
+        while num_tokens and num_rows and len(steps) < MAX_NUM_SEQS:
+            if len(steps) == len(self._running) and not self._admit():
+                break
+            step = self._running[len(steps)].next_step(num_tokens, num_rows)
+            steps.append(step)
+            num_tokens -= len(step.token_ids)
+            num_rows -= step.num_logits
+        self._cached.update(step.sequence_id for step in steps)
+        return tuple(steps)
+
+    def take(self, steps: Sequence[SequenceStep], logits: Logits) -> None:
+        """Hands on the logits of the steps, and forks contexts that were read."""
+        rows = iter(logits)
+        forks: list[_Run] = []
+        for step in steps:
+            run = self._running[0]
+            run.take(step, itertools.islice(rows, step.num_logits), self._vocab_size)
+            if not run.is_read:
+                break
+            for fork in run.forks(self._new_sequence_id):
+                self._cached.add(fork.sequence_id)
+                self._backend.fork(run.sequence_id, fork.sequence_id)
+                forks.append(fork)
+            self._backend.free(run.sequence_id)
+            self._cached.remove(run.sequence_id)
+            self._running.popleft()
+        self._running.extendleft(reversed(forks))
+
+    def finished_tasks(self) -> Iterator[tuple[ContinuationScore, ...]]:
+        """Yields what is complete, in the order in which tasks came."""
+        while self._unfinished and all(score.is_complete for score in self._unfinished[0]):
+            yield tuple(score.result() for score in self._unfinished.popleft())
+
+    def free_all(self) -> None:
+        """Frees all caches."""
+        for sequence_id in self._cached:
+            self._backend.free(sequence_id)
+
+    def _admit(self) -> bool:
+        """Takes the next task; says whether there was one."""
+        task = next(self._coming, None)
+        if task is None:
+            return False
+        scores = [_Score(continuation) for continuation in task.continuations]
+        self._unfinished.append(scores)
+        self._running.append(_first_run(self._new_sequence_id(), task, scores))
+        return True
 
 
 class _Score:
