@@ -122,22 +122,7 @@ class PretrainSettings(Section):
     @field_validator("model")
     @classmethod
     def _known_model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = {name: _number(value) for name, value in values.items()}
-        known = [name for name in Gemma2Config.__dataclass_fields__ if name != "vocab_size"]
-        problems = [
-            f"there is no field {name!r}.{nearest_name(name, known)}"
-            if name != "vocab_size"
-            else "vocab_size is the tokenizer's; set it under tokenizer"
-            for name in values
-            if name not in known
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        try:
-            Gemma2Config.from_dict(values, source="model")
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return values
+        return checked_model_fields(values)
 
     def gemma2_config(self, vocab_size: int) -> Gemma2Config:
         """The architecture, with the vocabulary of the tokenizer."""
@@ -147,6 +132,30 @@ class PretrainSettings(Section):
 def load_pretrain_settings(path: str | Path, overrides: list[str] | None = None) -> PretrainSettings:
     """Reads the settings file of `gemma2 pretrain`; see `read_settings`."""
     return read_settings(PretrainSettings, path, overrides or [])
+
+
+def checked_model_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Checks the fields of an architecture, without its vocabulary, and makes numbers of what YAML left as text.
+
+    Raises:
+        ValueError: a field is unknown, missing or out of range.
+    """
+    values = {name: _number(value) for name, value in values.items()}
+    known = [name for name in Gemma2Config.__dataclass_fields__ if name != "vocab_size"]
+    problems = [
+        f"there is no field {name!r}.{nearest_name(name, known)}"
+        if name != "vocab_size"
+        else "vocab_size is the tokenizer's; set it under tokenizer"
+        for name in values
+        if name not in known
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    try:
+        Gemma2Config.from_dict(values, source="model")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return values
 
 
 def _number(value: Any) -> Any:
