@@ -8,13 +8,13 @@ from typing import Final
 
 import numpy as np
 
-from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
 from gemma2.cpu.kv_blocks import KVBlocks
 from gemma2.cpu.model import HEAD_CANDIDATES, MAX_ROWS, CpuModel
 from gemma2.cpu.threads import resolve_num_threads
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.quantization import PackedModel
+from gemma2.runtime import make_runtime
 from gemma2.step import Logits, SequenceStep, StepBatch
 
 KV_CACHE_DTYPES: Final = ("auto", "float32", "bfloat16", "int8")
@@ -49,8 +49,10 @@ class CpuBackend:
         kv_cache_bytes: int | None = None,
         head_candidates: int = HEAD_CANDIDATES,
     ) -> None:
-        if head_candidates < 1:
+        if not _is_count(head_candidates):
             raise ConfigError(f"head_candidates must be a whole number of at least 1, but is {head_candidates!r}")
+        if kv_cache_bytes is not None and not _is_count(kv_cache_bytes):
+            raise ConfigError(f"kv_cache_bytes must be a whole number of at least 1, but is {kv_cache_bytes!r}")
         if kv_cache not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
@@ -58,10 +60,7 @@ class CpuBackend:
             )
         if kv_cache == "auto":
             kv_cache = "float32" if packed.format == "float32" else "bfloat16"
-        try:
-            runtime = kernels.Runtime(resolve_num_threads(num_threads), isa)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        runtime = make_runtime(resolve_num_threads(num_threads), isa)
         self._model = CpuModel(packed, runtime, head_candidates=head_candidates)
         self._cache = KVBlocks(
             packed.config,
@@ -199,6 +198,10 @@ def _parts(steps: Sequence[SequenceStep]) -> Iterator[list[SequenceStep]]:
                 part, room = [], MAX_ROWS
     if part:
         yield part
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _memory_bytes() -> int:

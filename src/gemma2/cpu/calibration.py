@@ -22,6 +22,7 @@ from gemma2.errors import DataError
 from gemma2.quantization import packed_shapes
 from gemma2.quantization.feedback import Feedback, SecondMoments
 from gemma2.quantization.packing import EMBEDDING, aligned_memory, packed_sizes
+from gemma2.runtime import make_runtime
 
 Floats = npt.NDArray[np.float32]
 
@@ -100,7 +101,7 @@ class CalibrationRun:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._num_threads = num_threads
-        self._runtime = kernels.Runtime(num_threads)
+        self._runtime = make_runtime(num_threads)
         embedding = checkpoint.tensors[EMBEDDING].numpy()
         scale = float(ml_dtypes.bfloat16(self._config.hidden_size**0.5))
         self._residuals: list[Floats] = [embedding[ids].astype(np.float32) * np.float32(scale) for ids in sequences]
