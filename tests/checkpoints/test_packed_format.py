@@ -234,7 +234,7 @@ def test_a_cut_file_is_refused(whole: Path, tmp_path: Path) -> None:
     assert "belong to no tensor" in refusal(folder)
 
 
-def rewritten(whole: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def rewritten(whole: Path, folder: Path, change: Callable[[dict[str, Any]], None], alignment: int = 4096) -> Path:
     """A copy whose header was changed, with a checksum that fits."""
     shutil.copytree(whole, folder)
     file = packed_file(folder)
@@ -244,7 +244,7 @@ def rewritten(whole: Path, folder: Path, change: Callable[[dict[str, Any]], None
     change(header)
     header["__metadata__"]["header_checksum"] = "0" * 16
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 4096)
+    text += b" " * (-(8 + len(text)) % alignment)
     blank = len(text).to_bytes(8, "little") + text
     checksum = packed_format._header_checksum(blank)
     file.write_bytes(
@@ -269,6 +269,28 @@ def test_files_of_other_versions_are_refused(whole: Path, tmp_path: Path) -> Non
     )
     assert "no file of packed weights" in refusal(rewritten(whole, tmp_path / "kind", metadata(format="pt")))
     assert "header is damaged" in refusal(rewritten(whole, tmp_path / "config", metadata(config="{}")))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 2**62},  # the bytes of such matrices are few modulo 2^64
+        {"vocab_size": 2**70},
+        {"hidden_size": 2**62},
+        {"num_hidden_layers": 10**6, "layer_types": None},  # to list their tensors would take gigabytes
+    ],
+)
+def test_architectures_beyond_all_sizes_are_refused(whole: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    def change(header: dict[str, Any]) -> None:
+        config = {**json.loads(header["__metadata__"]["config"]), **changes}
+        header["__metadata__"]["config"] = json.dumps(config, separators=(",", ":"))
+
+    assert "its tensors are not those of the architecture" in refusal(rewritten(whole, tmp_path / "copy", change))
+
+
+def test_tensors_that_do_not_lie_where_kernels_can_read_them_are_refused(whole: Path, tmp_path: Path) -> None:
+    shifted = rewritten(whole, tmp_path / "copy", lambda header: None, alignment=4096 + 8)
+    assert "do not begin at multiples of 64 bytes" in refusal(shifted)
 
 
 def test_a_config_that_does_not_belong_to_the_file_is_refused(whole: Path, tmp_path: Path) -> None:
