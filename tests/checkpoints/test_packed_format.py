@@ -425,6 +425,20 @@ def test_a_stopped_write_leaves_no_half_model(tmp_path: Path, point: str, replac
     assert names == ["config.json", "generation_config.json", "model-q8.gemma2.safetensors", "tokenizer.json"]
 
 
+def test_a_folder_that_is_being_written_to_is_left_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(source(tmp_path / "source"))
+    refusals = []
+
+    def progress(done: int, total: int) -> None:
+        if done < total:
+            with pytest.raises(CheckpointError, match="another process is writing to it") as refusal:
+                save_packed(tmp_path / "packed", checkpoint, "q8", num_threads=1)
+            refusals.append(refusal)
+
+    save_packed(tmp_path / "packed", checkpoint, "q4", num_threads=1, progress=progress)
+    assert refusals and load(tmp_path / "packed").format == "q4"
+
+
 def test_memory_stays_small(tmp_path: Path) -> None:
     """A model of 200 MB is packed with little more than the interpreter needs."""
     config = SMALL.replace(vocab_size=50_000, hidden_size=1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,18 @@ def test_ctrl_c_while_blocks_are_handed_out_loses_none(monkeypatch: pytest.Monke
     assert [kind.pool.num_free for kind in (local, full)] == free
     monkeypatch.undo()
     assert np.array_equal(run(backend, (0, ids(200), 0)), run(make_backend(), (0, ids(200), 0)))
+
+
+@pytest.mark.parametrize("limit", ["address space", "container"])
+def test_a_cache_takes_half_of_what_limits_leave(limit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if limit == "address space":
+        monkeypatch.setattr("resource.getrlimit", lambda _: (1 << 28, 1 << 30))
+    else:
+        (tmp_path / "memory.max").write_text(f"{1 << 28}\n")
+        monkeypatch.setattr("gemma2.cpu.backend.MEMORY_LIMIT_FILE", tmp_path / "memory.max")
+    kinds = make_backend()._cache.kinds
+    capacity = sum(kind.pool.num_blocks * kernels.KV_BLOCK * kind.token_bytes for kind in kinds)
+    assert 0.9 * (1 << 27) < capacity <= 1 << 27
 
 
 def test_only_the_rows_with_logits_go_through_the_last_layer() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -17,6 +20,7 @@ from gemma2.quantization import PackedModel
 from gemma2.runtime import make_runtime
 from gemma2.step import Logits, SequenceStep, StepBatch
 
+MEMORY_LIMIT_FILE: Final = Path("/sys/fs/cgroup/memory.max")
 KV_CACHE_DTYPES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
@@ -31,7 +35,7 @@ class CpuBackend:
         kv_cache: dtype of keys and values: "float32", "bfloat16", "int8", or "auto": float32 beside float32 weights,
             else bfloat16.
         kv_cache_bytes: the most memory that keys and values may take, taken as sequences grow. Left out, half of the
-            machine's memory.
+            memory that the machine, its container or a limit on address space leaves.
         head_candidates: words whose logits the second plane of a two-plane head refines; left out,
             `HEAD_CANDIDATES`; the vocabulary's size for all of them. Without a second plane it does nothing.
 
@@ -205,4 +209,11 @@ def _is_count(value: object) -> bool:
 
 
 def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine's memory, or less where a container (cgroup v2) or a limit on address space leaves less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        sizes.append(address_space)
+    with suppress(OSError, ValueError):  # no cgroup, or "max": no limit
+        sizes.append(int(MEMORY_LIMIT_FILE.read_text()))
+    return min(sizes)
