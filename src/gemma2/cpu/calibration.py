@@ -18,7 +18,7 @@ from gemma2 import _kernels as kernels
 from gemma2.checkpoints import Checkpoint
 from gemma2.checkpoints.packing import as_tensors, packed_pieces
 from gemma2.config import Gemma2Config
-from gemma2.errors import DataError
+from gemma2.errors import CheckpointError, DataError
 from gemma2.quantization import packed_shapes
 from gemma2.quantization.feedback import Feedback, SecondMoments
 from gemma2.quantization.packing import EMBEDDING, aligned_memory, packed_sizes
@@ -109,7 +109,11 @@ class CalibrationRun:
         self._moments: dict[str, SecondMoments] = {}
 
     def feedback(self, name: str) -> Feedback:
-        """Returns the feedback of a packed tensor's rounding; see `quantization.feedback.Calibration`."""
+        """Returns the feedback of a packed tensor's rounding; see `quantization.feedback.Calibration`.
+
+        Raises:
+            CheckpointError: the model's arithmetic overflows on the way to this tensor.
+        """
         while name not in self._moments:
             if self._next_layer == self._config.num_hidden_layers:
                 assert name == EMBEDDING, f"{name} is asked for too late"
@@ -117,7 +121,10 @@ class CalibrationRun:
             else:
                 self._run_layer(self._next_layer)
                 self._next_layer += 1
-        return self._moments.pop(name).feedback()
+        try:
+            return self._moments.pop(name).feedback()
+        except ValueError as error:
+            raise CheckpointError(f"{self._checkpoint.folder}: cannot be calibrated at {name}: {error}") from None
 
     def _run_layer(self, index: int) -> None:
         config, run, eps = self._config, self._runtime, self._config.rms_norm_eps
