@@ -32,6 +32,8 @@ from gemma2.errors import CheckpointError
 from gemma2.quantization import PackedModel
 from gemma2.quantization.packing import ROUNDING_VERSION, layout_of, packed_sizes, with_second_plane
 
+_NAME_BYTES: Final = 100
+"""How much of a folder's name is in that of its copy: file systems take 255 bytes in all."""
 SMALL_MODEL_PARAMETERS: Final = 20_000_000
 """A model of fewer is rounded in a tenth of a second, so no copy of it is kept."""
 
@@ -65,12 +67,16 @@ def packed_model(
     is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
     if weight_format not in ("float32", "bfloat16") and not is_small:
         try:
-            with _locked(_Copy.of(checkpoint, weight_format, second_plane=second_plane), notify) as copy:
-                kept = copy.open(num_threads, notify)
-                if kept is None:
-                    notify(f"{checkpoint.folder}: rounding to {weight_format}, once; kept in {copy.file.parent}")
-                    copy.make(num_threads, progress)
+            copy = _Copy.of(checkpoint, weight_format, second_plane=second_plane)
+            # Without the lock first: a copy comes whole or not at all, and a cache that may only be read has no locks.
+            kept = copy.open(num_threads, lambda sentence: None)
+            if kept is None:
+                with _locked(copy, notify):
                     kept = copy.open(num_threads, notify)
+                    if kept is None:
+                        notify(f"{checkpoint.folder}: rounding to {weight_format}, once; kept in {copy.file.parent}")
+                        copy.make(num_threads, progress)
+                        kept = copy.open(num_threads, notify)
             if kept is not None:
                 return kept
         except OSError as error:
@@ -99,7 +105,8 @@ class _Copy:
         second_plane = with_second_plane(weight_format, second_plane)
         kind = f"{weight_format}+{weight_format}" if second_plane else weight_format
         source = checkpoint.folder.resolve()
-        stem = f"{source.name}-{_hash(str(source))}-{kind}"
+        name = os.fsencode(source.name)[:_NAME_BYTES].decode(errors="ignore")  # for whoever looks into the cache
+        stem = f"{name}-{_hash(os.fsencode(source))}-{kind}"
         identity = {
             "version": [FORMAT_VERSION, ROUNDING_VERSION],
             "layout": layout_of(weight_format),
@@ -107,12 +114,12 @@ class _Copy:
             "files": [_describe(path) for path in checkpoint.files],
         }
         folder = cache_folder() / "packed"
-        name = f"{stem}-{_hash(json.dumps(identity, sort_keys=True))}{PACKED_SUFFIX}"
+        identity_hash = _hash(json.dumps(identity, sort_keys=True).encode())
         return cls(
             checkpoint=checkpoint,
             format=weight_format,
             second_plane=second_plane,
-            file=folder / name,
+            file=folder / f"{stem}-{identity_hash}{PACKED_SUFFIX}",
             lock=folder / f"{stem}.lock",
             same_folder=f"{glob.escape(stem)}-*",
         )
@@ -157,7 +164,7 @@ class _Copy:
 
 
 @contextmanager
-def _locked(copy: _Copy, notify: Callable[[str], None]) -> Iterator[_Copy]:
+def _locked(copy: _Copy, notify: Callable[[str], None]) -> Iterator[None]:
     import filelock
 
     copy.lock.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +177,7 @@ def _locked(copy: _Copy, notify: Callable[[str], None]) -> Iterator[_Copy]:
     except NotImplementedError:  # a file system without locks: a copy may be made twice, but is never half a one
         pass
     try:
-        yield copy
+        yield
     finally:
         lock.release()
 
@@ -184,5 +191,5 @@ def _describe(file: Path) -> list[str | int]:
     return [str(file.resolve()), status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
