@@ -33,6 +33,7 @@ VERBS: Final = {
     "lm-eval": "run tasks of lm-eval, the Language Model Evaluation Harness, on a model",
     "pretrain": "train a model from scratch, from a file of settings",
     "tune": "fine-tune a model on examples, whole or by an adapter, from a file of settings",
+    "distill": "train a student on the words of a larger teacher, from a file of settings",
     "merge": "fold adapters into a model's weights, or average the weights of several models",
 }
 """Each verb and its line in --help."""

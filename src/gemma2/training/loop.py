@@ -106,6 +106,7 @@ class Trainer:
         folder: where log.jsonl, loss.png and checkpoints/ go.
         progress: is told of each step.
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
+        validation_objective: what validation measures; left out, `objective`.
         count_units: what the summed loss of a batch is divided by; left out, its labels.
         metrics: what the objective reports beside its loss, for the log.
     """
@@ -123,11 +124,13 @@ class Trainer:
         folder: Path,
         progress: Progress,
         fingerprint: dict[str, Any],
+        validation_objective: Objective | None = None,
         count_units: CountUnits = count_labels,
         metrics: MetricSums | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
+        self.validation_objective = validation_objective or objective
         self.loader = loader
         self.validation = validation
         self.run_settings = run
@@ -258,7 +261,9 @@ class Trainer:
     def _validate(self, validation: ValidationSet, log: RunLog) -> ValidationResult:
         """Measures, and keeps the weights if they are the best so far and that is wanted."""
         self._taken_metrics()  # of training steps since the last line of the log
-        result = validate(self.model, self.objective, validation, device=self.device, count_units=self.count_units)
+        result = validate(
+            self.model, self.validation_objective, validation, device=self.device, count_units=self.count_units
+        )
         log.write(
             event="validation",
             step=self.step,
