@@ -9,8 +9,9 @@
 //   keys of a block    [head_dim / pack][64 tokens][pack]                 tokens are the lanes: no horizontal sums
 //   values of a block  [head_dim / 64][64 tokens / pack][64 dims][pack]   dims are the lanes
 //
-// head_dim is rounded up to whole dwords (keys) and to 16 (values: the last 64 dims may be 16, 32 or 48). In int8 a block of either ends with 64 float32, the
-// scales of its tokens: x = scale · byte, scale = max |x| / 127. All parts are multiples of 64 bytes.
+// head_dim is rounded up to whole dwords (keys) and to 16 (values: the last 64 dims may be 16, 32 or 48). In int8 a block
+// of either ends with 64 float32, the scales of its tokens: x = scale · byte, scale = max |x| / 127, or NaN where an x is
+// NaN or infinite. All parts are multiples of 64 bytes.
 //
 // What is not written: attention gives keys that a query must not see weight 0 whatever their scores are, but 0 times a
 // value must be 0. So `append_kv` zeroes the values of a block when it writes the block's first token, and any other

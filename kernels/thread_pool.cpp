@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <chrono>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,14 +37,25 @@ uint32_t count_forks() {
 ThreadPool::ThreadPool(int num_threads)
     // With more threads than cores, one that spins keeps another from its task.
     : spin_(num_threads <= static_cast<int>(std::thread::hardware_concurrency())), num_forks_(count_forks()) {
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  workers_.reserve(static_cast<size_t>(num_threads - 1));
+  try {
+    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // the system gives no more threads: those that run must end before they are forgotten
+    stop();
+    throw;
+  }
 }
 
 ThreadPool::~ThreadPool() {
   if (forks_of_this_process.load() != num_forks_) {
-    for (auto& worker : workers_) worker.detach();  // there is nothing to join
+    // There is nothing to join; nor to detach, as threads that the child started since may bear the handles now.
+    new std::vector<std::thread>(std::move(workers_));
     return;
   }
+  stop();
+}
+
+void ThreadPool::stop() {
   state_.fetch_or(kStop);
   state_.notify_all();
   for (auto& worker : workers_) worker.join();

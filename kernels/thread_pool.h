@@ -25,8 +25,9 @@ class ThreadPool {
  public:
   static constexpr int kMaxThreads = 1024;
 
-  explicit ThreadPool(int num_threads);  // from 1 to kMaxThreads
-  ~ThreadPool();                         // no loop may be running
+  // num_threads: from 1 to kMaxThreads. Throws std::system_error if the system does not give so many.
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();  // no loop may be running
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
@@ -62,6 +63,7 @@ class ThreadPool {
 
   void run(int64_t num_tasks, Call call, void* context);
   void work(int thread);
+  void stop();
   uint32_t wait_for_change(uint32_t seen_loop) const;
   bool join_loop(uint32_t& state);
   void take_tasks(int thread);

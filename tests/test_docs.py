@@ -97,7 +97,7 @@ def test_paths_in_code_spans_exist(page: Path) -> None:
 
 
 def test_commands_exist(page: Path) -> None:
-    for verb in re.findall(r"`gemma2 (\w+)", page.read_text(encoding="utf-8")):
+    for verb in re.findall(r"`gemma2 ([a-z][\w-]*)", page.read_text(encoding="utf-8")):
         assert verb in VERBS, f"{page.name}: there is no verb {verb}"
 
 

@@ -7,6 +7,9 @@
 namespace gemma2 {
 namespace {
 
+// Block ids are int32. With so many heads, the bytes of so many blocks are below 2⁶³.
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1, kMaxKVHeads = 4096;
+
 CacheType cache_type(const std::string& name) {
   if (name == "float32") return CacheType::float32;
   if (name == "bfloat16") return CacheType::bfloat16;
@@ -19,7 +22,8 @@ const char* name_of(CacheType type) {
 }
 
 CacheLayout make_layout(const std::string& dtype, int64_t kv_heads, int64_t head_dim) {
-  require(kv_heads >= 1, "kv_heads must be at least 1, but is " + std::to_string(kv_heads));
+  require(kv_heads >= 1 && kv_heads <= kMaxKVHeads, "kv_heads must be from 1 to " + std::to_string(kMaxKVHeads) +
+                                                        ", but is " + std::to_string(kv_heads));
   require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= kMaxHeadDim,
           "head_dim must be even and from 2 to " + std::to_string(kMaxHeadDim) + ", but is " +
               std::to_string(head_dim));
@@ -141,7 +145,9 @@ void bind_attention(nb::module_& m) {
       .def("__init__", [](KVCache* self, const std::string& dtype, int64_t kv_heads, int64_t head_dim,
                           int64_t num_blocks, Array<uint8_t, 1> memory) {
         const CacheLayout layout = make_layout(dtype, kv_heads, head_dim);
-        require(num_blocks >= 1, "num_blocks must be at least 1, but is " + std::to_string(num_blocks));
+        require(num_blocks >= 1 && num_blocks <= kMaxBlocks, "num_blocks must be from 1 to " +
+                                                                 std::to_string(kMaxBlocks) + ", but is " +
+                                                                 std::to_string(num_blocks));
         require_shape(memory, "memory", 0, num_blocks * layout.block_bytes());
         require(reinterpret_cast<uintptr_t>(memory.data()) % 64 == 0, "memory must start at a multiple of 64 bytes");
         new (self) KVCache{layout, num_blocks, memory.data()};

@@ -25,6 +25,9 @@ inline void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// The longest axis of a matrix or of activations: the bytes of two such axes in any format are below 2⁶³.
+constexpr int64_t kMaxAxis = int64_t{1} << 30;
+
 // Throws unless an array's axis has the size needed.
 template <class A>
 void require_shape(const A& array, const char* name, size_t axis, int64_t needed) {

@@ -36,6 +36,9 @@ const char* name_of(WeightFormat format) {
 
 Matrix make_matrix(const std::string& format, int64_t outputs, int64_t inputs, const uint8_t* data) {
   require(outputs > 0 && inputs > 0, "a matrix needs at least one output and one input");
+  require(outputs <= kMaxAxis && inputs <= kMaxAxis,
+          "a matrix may have " + std::to_string(kMaxAxis) + " outputs and inputs at most, but is to have " +
+              std::to_string(outputs) + " x " + std::to_string(inputs));
   return Matrix{weight_format(format), outputs, inputs, data};
 }
 
@@ -96,6 +99,9 @@ NB_MODULE(_kernels, m) {
   nb::class_<Activations>(m, "Activations", "Rows of activations in the form that a matrix product reads.")
       .def("__init__", [](Activations* self, const std::string& format, int64_t capacity, int64_t width) {
         require(capacity >= 1 && width >= 1, "activations need room for at least one row of at least one value");
+        require(capacity <= kMaxAxis && width <= kMaxAxis,
+                "activations may have " + std::to_string(kMaxAxis) + " rows and values in a row at most, but are to have " +
+                    std::to_string(capacity) + " x " + std::to_string(width));
         new (self) Activations(activation_format(format), capacity, width);
       }, "format"_a, "capacity"_a, "width"_a)
       .def_prop_ro("format", [](const Activations& a) { return name_of(a.format); })
@@ -117,7 +123,7 @@ NB_MODULE(_kernels, m) {
                     std::to_string(made.size_bytes()) + " bytes, but the array has " + std::to_string(data.shape(0)));
         require(reinterpret_cast<uintptr_t>(data.data()) % 64 == 0, "a matrix must start at a multiple of 64 bytes");
         new (self) Matrix(made);
-      }, "format"_a, "outputs"_a, "inputs"_a, "data"_a, nb::keep_alive<1, 5>())
+      }, "format"_a, "outputs"_a, "inputs"_a, "data"_a.noconvert(), nb::keep_alive<1, 5>())
       .def_prop_ro("format", [](const Matrix& w) { return name_of(w.format); })
       .def_ro("outputs", &Matrix::outputs)
       .def_ro("inputs", &Matrix::inputs)

@@ -20,6 +20,8 @@ nb::tuple pack(Runtime& runtime, const WeightRows& rows, const std::string& form
           const std::optional<Array<const float, 1>>& importance,
           const std::optional<Array<const float, 2>>& feedback) {
   require(rows.outputs > 0 && rows.inputs > 0, "weights: there must be at least one row and one column");
+  require(rows.outputs <= kMaxAxis && rows.inputs <= kMaxAxis,
+          "weights: there may be " + std::to_string(kMaxAxis) + " rows and columns at most");
   const Matrix matrix{weight_format(format), rows.outputs, rows.inputs, out.data()};
   require_shape(out, "out", 0, matrix.size_bytes());
   require(reinterpret_cast<uintptr_t>(out.data()) % 64 == 0, "out: a matrix must start at a multiple of 64 bytes");

@@ -54,7 +54,7 @@ void log_normalizers(Runtime& runtime, FloatRows logits, Array<double, 1> out) {
 void block_sums(Runtime& runtime, Array<const float, 1> x, int64_t block, Array<double, 1> out) {
   require(block >= 1, "block must be at least 1, but is " + std::to_string(block));
   const int64_t size = static_cast<int64_t>(x.shape(0));
-  require_shape(out, "out", 0, (size + block - 1) / block);
+  require_shape(out, "out", 0, size / block + (size % block != 0));
   nb::gil_scoped_release release;
   vocabulary_kernels(runtime.isa).block_sums(x.data(), size, block, out.data());
 }

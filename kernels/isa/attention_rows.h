@@ -6,15 +6,27 @@
 
 namespace gemma2::GEMMA2_ISA {
 
-// at(k, n) gives the values k … k + 15, of which n exist (the rest 0).
+// The bits of positive floats are ordered as whole numbers are, with infinity and then NaN above all numbers. So the
+// maximum of |x| taken of them knows of every bad number; it is NaN then, and bytes with this scale stand for NaN,
+// whatever they are.
+inline I32x16 magnitude(F32x16 x) { return as_i32(abs(x)); }
+inline float reduce_magnitudes(I32x16 bits) {
+  constexpr int32_t kInfinityBits = 0x7f800000;
+  const int32_t most_bits = reduce_max(bits);
+  float most;
+  __builtin_memcpy(&most, &most_bits, sizeof most);
+  return most_bits < kInfinityBits ? most : __builtin_nanf("");
+}
+
+// max |x|, NaN if one is NaN or infinite. at(k, n) gives the values k … k + 15, of which n exist (the rest 0).
 template <class At>
 inline float largest(int64_t width, At&& at) {
-  F32x16 most = F32x16::zero();
+  I32x16 most = I32x16::zero();
   for (int64_t k = 0; k < width; k += 16) {
     const int64_t n = width - k;
-    most = max(abs(at(k, static_cast<int>(n < 16 ? n : 16))), most);
+    most = max(magnitude(at(k, static_cast<int>(n < 16 ? n : 16))), most);
   }
-  return reduce_max(most);
+  return reduce_magnitudes(most);
 }
 
 inline auto values_of(const float* x) {

@@ -299,7 +299,8 @@ struct SpanWork {
       shift = reduce_max(most);
     }
     auto* weighted = reinterpret_cast<float*>(scratch.scores + row * planes * kSpanTokens);
-    F32x16 sum = F32x16::zero(), largest_weight = F32x16::zero();
+    F32x16 sum = F32x16::zero();
+    I32x16 largest_weight = I32x16::zero();
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       const F32x16 s = score(row, tile, key_scales(tile));
       F32x16 p = soft_cap.is_bounded ? soft_cap.template weight<Precision>(s)
@@ -313,7 +314,7 @@ struct SpanWork {
         F32x16 weight = p * F32x16::load(value_scales(tile));
         // Scales of tokens that are not written yet may be NaN.
         if (!is_whole(tile)) weight = keep_lanes(weight, first - tile * 16, last - tile * 16, F32x16::zero());
-        largest_weight = max(weight, largest_weight);
+        largest_weight = max(magnitude(weight), largest_weight);
         weight.store(weighted + tile * 16);
       }
       sum = sum + p;
@@ -321,7 +322,7 @@ struct SpanWork {
     sum.store(lanes);
     lanes[16] = shift;
     if constexpr (type == CacheType::int8) {
-      quantize_weights(row, reduce_max(largest_weight), weighted, first_tile, last_tile);
+      quantize_weights(row, reduce_magnitudes(largest_weight), weighted, first_tile, last_tile);
     }
     const auto clear = [&](int64_t tile) {
       for (int plane = 0; plane < planes; ++plane) {

@@ -18,7 +18,7 @@ from typing import Any, Final, overload
 import numpy as np
 import numpy.typing as npt
 
-from gemma2.checkpoints import is_packed, open_checkpoint, open_packed, packed_model, resolve_model
+from gemma2.checkpoints import is_packed, open_adapter, open_checkpoint, open_packed, packed_model, resolve_model
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, SamplingError, nearest_name
 from gemma2.generation import Completion, Engine, Prompt
@@ -161,6 +161,7 @@ class LLM:
 def load(
     model: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     backend: str = "auto",
     weights: str = "auto",
     device: str | None = None,
@@ -175,6 +176,8 @@ def load(
     Args:
         model: a folder with config.json, safetensors and a tokenizer; one that `gemma2 quantize` wrote; the name of a
             model on the Hugging Face Hub that `gemma2 pull` has fetched; None for the bundled model.
+        adapter: the folder of a LoRA adapter in PEFT's format, such as `gemma2 tune` writes. The CPU engine adds it to
+            the weights as they run; in torch it is folded into them.
         backend: "cpu" for the compiled engine; "torch" for PyTorch; "auto" for torch where there is a CUDA device,
             else cpu.
         weights: "float32", "bfloat16", "q8" or "q4" (the last two in the CPU engine only). "auto": the format of a
@@ -208,12 +211,14 @@ def load(
     with ThreadPoolExecutor(max_workers=1) as executor:
         coming_tokenizer = executor.submit(Tokenizer.from_folder, folder)
         if backend == "torch":
-            runner = _torch_backend(folder, weights, device)
+            runner = _torch_backend(folder, adapter, weights, device)
         else:
-            runner = _cpu_backend(folder, weights, num_threads, kv_cache, progress, notify)
+            runner = _cpu_backend(folder, adapter, weights, num_threads, kv_cache, progress, notify)
         tokenizer = coming_tokenizer.result()
     tokenizer.check_fits(runner.config)
     stop_token_ids = _generation_stop_ids(folder, runner.config)
+    if adapter is not None:
+        stop_token_ids |= _generation_stop_ids(Path(adapter).expanduser(), runner.config)
     return LLM(
         runner,
         tokenizer,
@@ -251,6 +256,7 @@ def _has_cuda() -> bool:
 
 def _cpu_backend(
     folder: Path,
+    adapter: str | Path | None,
     weights: str,
     num_threads: int | None,
     kv_cache: str,
@@ -273,10 +279,11 @@ def _cpu_backend(
         if weights == "auto":
             weights = "float32" if _is_small(checkpoint.config) else "q4"
         packed = packed_model(checkpoint, weights, num_threads=num_threads, progress=progress, notify=notify)
-    return CpuBackend(packed, num_threads=num_threads, kv_cache=kv_cache)
+    added = None if adapter is None else open_adapter(adapter, packed.config)
+    return CpuBackend(packed, num_threads=num_threads, kv_cache=kv_cache, adapter=added)
 
 
-def _torch_backend(folder: Path, weights: str, device: str | None) -> Backend:
+def _torch_backend(folder: Path, adapter: str | Path | None, weights: str, device: str | None) -> Backend:
     if is_packed(folder):
         raise ConfigError(
             f"{folder}: holds weights for the CPU engine, which torch cannot run; name the original model"
@@ -286,12 +293,14 @@ def _torch_backend(folder: Path, weights: str, device: str | None) -> Backend:
         raise MissingDependencyError(
             "the torch backend needs PyTorch, which is not installed; install it with: pip install 'gemma2[torch]'"
         )
-    from gemma2.model import TorchBackend, load_model, pack_linear_layers
+    from gemma2.model import TorchBackend, fold_adapter, load_model, pack_linear_layers
     from gemma2.model.device import choose_device
 
     if weights == "auto" and _is_small(checkpoint.config):
         weights = "float32"
     loaded = load_model(checkpoint, dtype=weights, device=choose_device(device or "auto", setting="device"))
+    if adapter is not None:
+        fold_adapter(loaded, open_adapter(adapter, checkpoint.config))
     pack_linear_layers(loaded)  # it will only be run
     return TorchBackend(loaded)
 

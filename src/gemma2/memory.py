@@ -121,7 +121,7 @@ def kv_cache_bytes(config: Gemma2Config, num_tokens: int, *, kv_format: str = "b
         bounded: whether local layers keep only the last W tokens.
 
     Returns:
-        The bytes; the CPU engine takes them in blocks of 32 tokens, so up to 31 tokens more.
+        The bytes; the CPU engine takes them in blocks of 64 tokens, so up to 63 tokens more.
 
     Raises:
         ConfigError: there is no such format.

@@ -64,6 +64,11 @@ class Backend(Protocol):
         """The architecture of the loaded weights."""
         ...
 
+    @property
+    def weights(self) -> str:
+        """How the weights are kept: "float32", "bfloat16", "q8" or "q4"."""
+        ...
+
     def forward(self, batch: StepBatch) -> Logits:
         """Runs one step and advances the caches of its sequences.
 
@@ -75,6 +80,18 @@ class Backend(Protocol):
 
         Raises:
             ValueError: a `position` does not continue its sequence's cache, or a token id is not in the vocabulary.
+        """
+        ...
+
+    def fork(self, parent_id: int, child_id: int) -> None:
+        """Starts a sequence with all tokens of another one, which it then continues in its own way.
+
+        Args:
+            parent_id: a sequence with a cache.
+            child_id: an id that is not known.
+
+        Raises:
+            ValueError: an id is wrong.
         """
         ...
 

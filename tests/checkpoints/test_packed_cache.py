@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from small_checkpoints import SMALL, random_tensors, write_model
@@ -143,6 +145,32 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     assert copies(cache) == []
 
 
+def test_a_copy_is_found_where_nothing_can_be_written(
+    checkpoint: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose cache is mounted for reading only: no lock can be had, nor is one needed."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(cache))
+
+    told = Told()
+    told.get(checkpoint)
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    assert_same(told.get(checkpoint), pack_model(checkpoint, "q4", num_threads=1))
+    assert told.num_rounded == 1 and len(told.sentences) == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+@pytest.mark.parametrize("name", [b"gemma-\xff\xe9", b"x" * 250, "é".encode() * 120], ids=["latin", "long", "cut"])
+def test_folders_of_any_name(tmp_path: Path, cache: Path, name: bytes) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    model = open_checkpoint(write_model(folder, random_tensors(dtype="bfloat16")))
+    told = Told()
+    for _ in range(2):
+        assert_same(told.get(model), pack_model(model, "q4", num_threads=1))
+    assert told.num_rounded == 1 and len(copies(cache)) == 1
+
+
 def test_what_is_not_cached(checkpoint: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told()
     for weight_format in ("float32", "bfloat16"):
@@ -159,16 +187,6 @@ def test_a_model_with_a_weight_that_is_not_finite_is_refused_and_nothing_is_kept
     with pytest.raises(CheckpointError, match=r"o_proj.weight holds inf in row 1, column 2"):
         Told().get(broken)
     assert copies(cache) == []
-
-
-def test_the_folder_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert packed_cache.cache_folder() == tmp_path / "cache" / "packed"
-    monkeypatch.delenv("GEMMA2_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert packed_cache.cache_folder() == Path("/xdg/gemma2/packed")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert packed_cache.cache_folder() == Path("/home/someone/.cache/gemma2/packed")
 
 
 TOGETHER = """

@@ -234,7 +234,7 @@ def test_a_cut_file_is_refused(whole: Path, tmp_path: Path) -> None:
     assert "belong to no tensor" in refusal(folder)
 
 
-def rewritten(whole: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def rewritten(whole: Path, folder: Path, change: Callable[[dict[str, Any]], None], alignment: int = 4096) -> Path:
     """A copy whose header was changed, with a checksum that fits."""
     shutil.copytree(whole, folder)
     file = packed_file(folder)
@@ -244,7 +244,7 @@ def rewritten(whole: Path, folder: Path, change: Callable[[dict[str, Any]], None
     change(header)
     header["__metadata__"]["header_checksum"] = "0" * 16
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 4096)
+    text += b" " * (-(8 + len(text)) % alignment)
     blank = len(text).to_bytes(8, "little") + text
     checksum = packed_format._header_checksum(blank)
     file.write_bytes(
@@ -269,6 +269,28 @@ def test_files_of_other_versions_are_refused(whole: Path, tmp_path: Path) -> Non
     )
     assert "no file of packed weights" in refusal(rewritten(whole, tmp_path / "kind", metadata(format="pt")))
     assert "header is damaged" in refusal(rewritten(whole, tmp_path / "config", metadata(config="{}")))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 2**62},  # the bytes of such matrices are few modulo 2^64
+        {"vocab_size": 2**70},
+        {"hidden_size": 2**62},
+        {"num_hidden_layers": 10**6, "layer_types": None},  # to list their tensors would take gigabytes
+    ],
+)
+def test_architectures_beyond_all_sizes_are_refused(whole: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    def change(header: dict[str, Any]) -> None:
+        config = {**json.loads(header["__metadata__"]["config"]), **changes}
+        header["__metadata__"]["config"] = json.dumps(config, separators=(",", ":"))
+
+    assert "its tensors are not those of the architecture" in refusal(rewritten(whole, tmp_path / "copy", change))
+
+
+def test_tensors_that_do_not_lie_where_kernels_can_read_them_are_refused(whole: Path, tmp_path: Path) -> None:
+    shifted = rewritten(whole, tmp_path / "copy", lambda header: None, alignment=4096 + 8)
+    assert "do not begin at multiples of 64 bytes" in refusal(shifted)
 
 
 def test_a_config_that_does_not_belong_to_the_file_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -401,6 +423,20 @@ def test_a_stopped_write_leaves_no_half_model(tmp_path: Path, point: str, replac
     assert load(folder).format == "q8"
     names = sorted(os.listdir(folder))
     assert names == ["config.json", "generation_config.json", "model-q8.gemma2.safetensors", "tokenizer.json"]
+
+
+def test_a_folder_that_is_being_written_to_is_left_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(source(tmp_path / "source"))
+    refusals = []
+
+    def progress(done: int, total: int) -> None:
+        if done < total:
+            with pytest.raises(CheckpointError, match="another process is writing to it") as refusal:
+                save_packed(tmp_path / "packed", checkpoint, "q8", num_threads=1)
+            refusals.append(refusal)
+
+    save_packed(tmp_path / "packed", checkpoint, "q4", num_threads=1, progress=progress)
+    assert refusals and load(tmp_path / "packed").format == "q4"
 
 
 def test_memory_stays_small(tmp_path: Path) -> None:

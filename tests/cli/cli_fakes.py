@@ -83,6 +83,10 @@ class FakeBackend(Backend):
     def config(self) -> Gemma2Config:
         return self._config
 
+    @property
+    def weights(self) -> str:
+        return "float32"
+
     def forward(self, batch: StepBatch) -> Logits:
         time.sleep(self._seconds)
         self._num_steps += 1
@@ -100,7 +104,7 @@ class FakeBackend(Backend):
                     self._lengths[step.sequence_id] = step.position + len(step.token_ids)
             if step.num_logits:
                 end = step.position + len(step.token_ids)
-                rows.append(self._logits(number, end - self._lengths[step.sequence_id]))
+                rows += [self._logits(number, end - self._lengths[step.sequence_id])] * step.num_logits
         return np.array(rows, dtype=np.float32).reshape(len(rows), self._config.vocab_size)
 
     def free(self, sequence_id: int) -> None:

@@ -18,7 +18,7 @@ import gemma2
 from gemma2.cli.main import VERBS, main
 from gemma2.errors import CheckpointError
 
-PRESENT = [verb for verb in VERBS if importlib.util.find_spec(f"gemma2.cli.{verb}") is not None]
+PRESENT = [verb for verb in VERBS if importlib.util.find_spec(f"gemma2.cli.{verb.replace('-', '_')}") is not None]
 HEAVY = ["torch", "numpy", "rich", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "pydantic", "yaml"]
 
 

@@ -17,7 +17,7 @@ from gemma2.cli.main import EXIT_FAILED, main
 from gemma2.config import FULL, SLIDING, Gemma2Config
 from gemma2.cpu import CpuBackend
 from gemma2.cpu.calibration import CalibrationRun, cut, random_words
-from gemma2.errors import DataError
+from gemma2.errors import CheckpointError, DataError
 from gemma2.quantization import SECOND_PLANE, packed_shapes
 from gemma2.quantization.feedback import DAMPING, SecondMoments
 from gemma2.quantization.packing import EMBEDDING
@@ -141,6 +141,19 @@ def test_names_are_asked_for_in_order(tmp_path: Path) -> None:
 def test_sequences_that_cannot_be_run(tmp_path: Path, lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="sequences of 1 to 128 tokens"):
         CalibrationRun(random_model(tmp_path), [np.zeros(n, np.int32) for n in lengths], num_threads=1)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the products of infinities
+def test_a_model_that_overflows_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoint = random_model(tmp_path / "sound")
+    weights = dict(checkpoint.arrays())
+    weights["model.layers.1.pre_feedforward_layernorm.weight"] = np.full(SMALL.hidden_size, 3e38, np.float32)
+    broken = open_checkpoint(save_checkpoint(tmp_path / "broken", SMALL, weights.items(), dtype="bfloat16"))
+    run = CalibrationRun(broken, [np.arange(1, 9, dtype=np.int32)], num_threads=1)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be calibrated at model.layers.1.mlp.gate_up_proj.weight: .*finite"
+    ):
+        pack_model(broken, "q4", num_threads=1, calibration=run)
 
 
 def test_a_calibrated_model_is_closer_to_the_exact_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,30 @@ def test_a_full_cache_is_refused_and_frees_the_sequences_of_the_step() -> None:
     run(backend, (1, ids(500), 0), num_logits=0)
 
 
+def test_ctrl_c_while_blocks_are_handed_out_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make_backend()
+    free = [kind.pool.num_free for kind in backend._cache.kinds]
+    local, full = backend._cache.kinds
+    monkeypatch.setattr(full, "extend", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(backend, (0, ids(200), 0))
+    assert [kind.pool.num_free for kind in (local, full)] == free
+    monkeypatch.undo()
+    assert np.array_equal(run(backend, (0, ids(200), 0)), run(make_backend(), (0, ids(200), 0)))
+
+
+@pytest.mark.parametrize("limit", ["address space", "container"])
+def test_a_cache_takes_half_of_what_limits_leave(limit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if limit == "address space":
+        monkeypatch.setattr("resource.getrlimit", lambda _: (1 << 28, 1 << 30))
+    else:
+        (tmp_path / "memory.max").write_text(f"{1 << 28}\n")
+        monkeypatch.setattr("gemma2.cpu.backend.MEMORY_LIMIT_FILE", tmp_path / "memory.max")
+    kinds = make_backend()._cache.kinds
+    capacity = sum(kind.pool.num_blocks * kernels.KV_BLOCK * kind.token_bytes for kind in kinds)
+    assert 0.9 * (1 << 27) < capacity <= 1 << 27
+
+
 def test_only_the_rows_with_logits_go_through_the_last_layer() -> None:
     text = ids(90)
     whole = run(make_backend(), (0, text, 0))
@@ -183,6 +208,13 @@ def test_what_it_says_of_itself() -> None:
         ({"kv_cache": "float16"}, "kv_cache must be one of auto, float32, bfloat16, int8, but is 'float16'"),
         ({"num_threads": 0}, "num_threads must be a whole number from 1 to 1024, but is 0"),
         ({"isa": "sse"}, "instruction set .* but is 'sse'"),
+        ({"isa": None}, "isa must be a name, such as 'auto', but is None"),
+        ({"head_candidates": 1.5}, "head_candidates must be a whole number of at least 1, but is 1.5"),
+        ({"kv_cache_bytes": 0}, "kv_cache_bytes must be a whole number of at least 1, but is 0"),
+        ({"kv_cache_bytes": "1e9"}, "kv_cache_bytes must be a whole number of at least 1, but is '1e9'"),
+        ({"kv_cache_bytes": 10**15}, r"a KV cache of \d+ bytes cannot be had"),
+        ({"kv_cache_bytes": 10**18}, r"a KV cache of \d+ bytes cannot be had"),
+        ({"kv_cache_bytes": 10**30}, r"a KV cache of \d+ bytes cannot be had"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, object], message: str) -> None:
@@ -195,9 +227,10 @@ def test_the_environment_names_threads_and_instruction_set(monkeypatch: pytest.M
     monkeypatch.setenv("GEMMA2_ISA", "scalar")
     backend = CpuBackend(random_model("q4"))
     assert (backend.num_threads, backend.isa) == (3, "scalar")
-    monkeypatch.setenv("GEMMA2_NUM_THREADS", "none")
-    with pytest.raises(ConfigError, match="GEMMA2_NUM_THREADS must be a whole number of at least 1, but is 'none'"):
-        default_num_threads()
+    for nonsense in ("none", "0", "-1", "1025", "9" * 30, "9" * 5000):
+        monkeypatch.setenv("GEMMA2_NUM_THREADS", nonsense)
+        with pytest.raises(ConfigError, match="GEMMA2_NUM_THREADS must be a whole number from 1 to 1024, but is '"):
+            default_num_threads()
     monkeypatch.delenv("GEMMA2_NUM_THREADS")
     assert default_num_threads() >= 1
 

@@ -107,6 +107,10 @@ class FakeBackend(Backend):
         self.most_rows = max(self.most_rows, len(rows))
         return np.array(rows, dtype=np.float32).reshape(len(rows), self.config.vocab_size)
 
+    def fork(self, parent_id: int, child_id: int) -> None:
+        assert child_id not in self.caches and child_id not in self.freed, "an id was used again"
+        self.caches[child_id] = list(self.caches[parent_id])
+
     def free(self, sequence_id: int) -> None:
         self.caches.pop(sequence_id, None)
         self.freed.append(sequence_id)

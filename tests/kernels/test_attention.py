@@ -232,13 +232,28 @@ def test_one_key_gives_its_value(dtype: str, isa: str) -> None:
 
 
 def test_a_bad_number_stays_in_its_row() -> None:
-    for runtime, dtype, cap in itertools.product(runtimes(), ("float32", "bfloat16"), (50.0, 0.0)):
+    for runtime, dtype, cap in itertools.product(runtimes(), DTYPES, (50.0, 0.0)):
         setup = Setup(1, 1, 16, dtype, cap=cap)
         text = setup.text(70, seed=0)
         text.qkv[40, 3] = np.nan  # of the query
         out = setup.whole(runtime, text)
         assert np.isnan(out[40]).all()
         assert np.isfinite(np.delete(out, 40, axis=0)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", [19, 35], ids=["key", "value"])
+def test_a_bad_number_in_the_cache_is_seen_by_who_sees_its_token(bad: float, column: int) -> None:
+    """Bytes have no NaN, so in int8 the scales must carry it: else a broken model would look like a sound one."""
+    for runtime, dtype, cap in itertools.product(runtimes(), DTYPES, (50.0, 0.0)):
+        if column == 19 and dtype != "int8" and np.isinf(bad):
+            continue  # an infinite score has a weight: that of the cap, or 0, or 1
+        setup = Setup(1, 1, 16, dtype, cap=cap)
+        text = setup.text(70, seed=0)
+        text.qkv[64, column] = bad  # the first token of a block, which starts a chunk of its own
+        out = setup.whole(runtime, text, chunks=[64, 1])
+        assert not np.isfinite(out[64:]).all(axis=1).any(), (runtime.isa, dtype, cap)
+        assert np.isfinite(out[:64]).all()
 
 
 def test_nothing_to_do() -> None:

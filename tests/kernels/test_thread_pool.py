@@ -9,9 +9,13 @@ import gc
 import os
 import select
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +121,53 @@ def test_after_fork_loops_run_on_the_caller_alone(asleep: bool) -> None:
     os.close(read_end)
     os.close(write_end)
     np.testing.assert_array_equal(copied(runtime, x, out), x)  # and the parent goes on
+
+
+CHILD_WITH_POOLS_OF_ITS_OWN = """
+    import os, sys
+    from gemma2._kernels import Runtime
+    old = [Runtime(4) for _ in range(4)]
+    child = os.fork()
+    if child == 0:
+        new = [Runtime(4) for _ in range(4)]  # their threads get the stacks, and so the handles, of those left behind
+        del old[:]
+        del new[:]
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_pools_left_behind_by_fork_do_not_touch_those_made_after_it() -> None:
+    assert run_python(CHILD_WITH_POOLS_OF_ITS_OWN) == "7\n"
+
+
+MORE_THREADS_THAN_THERE_IS_ROOM_FOR = """
+    import resource
+    from gemma2.errors import ConfigError
+    from gemma2.runtime import make_runtime
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    try:
+        make_runtime(1024)
+    except ConfigError as error:
+        print(error)
+    print(make_runtime(2).num_threads)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs a limit on address space, as Linux has it")
+def test_threads_that_the_system_does_not_give() -> None:
+    refusal, threads = run_python(MORE_THREADS_THAN_THERE_IS_ROOM_FOR).splitlines()
+    assert "the system does not give 1024 threads" in refusal and "GEMMA2_NUM_THREADS" in refusal
+    assert threads == "2"
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("num_threads", [0, -1, 1025])

@@ -118,3 +118,28 @@ def test_logits_of_many_rows_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) 
     assert np.allclose(whole, parts, atol=1e-5)
     monkeypatch.setattr("gemma2.model.torch_backend.HEAD_CHUNK_LOGITS", 1)
     assert np.allclose(whole, backend.forward(batch(part(2, 0, 50, 33))), atol=1e-5)
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    """Past the window, so that local layers have forgotten; then each continues without changing the other."""
+    backend = TorchBackend(model())
+    backend.forward(batch(part(0, 0, 30)))
+    backend.fork(0, 1)
+    both = backend.forward(batch(part(0, 30, 45, 15), part(1, 30, 45, 15)))
+    assert np.array_equal(both[:15], both[15:])
+    other = SequenceStep(sequence_id=1, token_ids=IDS[:5], position=45, num_logits=5)
+    strayed = backend.forward(batch(other, part(0, 45, 50, 5)))
+    whole = TorchBackend(model()).forward(batch(part(0, 0, 50, 5)))
+    np.testing.assert_allclose(strayed[5:], whole, atol=1e-4)
+    assert abs(strayed[:5] - whole).max() > 0.1
+    backend.free(0)
+    backend.forward(batch(SequenceStep(sequence_id=1, token_ids=IDS[:1], position=50, num_logits=1)))
+
+
+def test_forks_that_cannot_be() -> None:
+    backend = TorchBackend(model())
+    backend.forward(batch(part(0, 0, 5), part(1, 0, 5)))
+    with pytest.raises(ValueError, match="sequence 7 is not in the cache"):
+        backend.fork(7, 8)
+    with pytest.raises(ValueError, match="sequence 1 is in the cache already"):
+        backend.fork(0, 1)

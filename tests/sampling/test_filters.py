@@ -10,8 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gemma2.errors import ConfigError
 from gemma2.sampling import SamplingParams
-from gemma2.sampling.filters import candidates, largest, nucleus, penalize_repetition
+from gemma2.sampling.filters import candidates, largest, nucleus, one_thread, penalize_repetition
 
 Floats = npt.NDArray[np.float32]
 
@@ -198,3 +199,12 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], seed: 
     got = probabilities(logits, params, seen)
     np.testing.assert_array_equal(np.flatnonzero(got), np.flatnonzero(expected))
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-9)
+
+
+def test_an_instruction_set_that_there_is_not_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA2_ISA", "sse9")
+    one_thread.cache_clear()
+    with pytest.raises(ConfigError, match=r"the instruction set \(GEMMA2_ISA\) must be one of .*, but is 'sse9'"):
+        one_thread()
+    monkeypatch.undo()
+    assert one_thread().num_threads == 1

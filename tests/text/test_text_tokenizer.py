@@ -1,9 +1,11 @@
 """The tokenizer over both of its files: the same ids, exact round trips, and control tokens that stay text."""
 
 import json
+import os
 import pickle
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,15 @@ def test_a_folder_with_both_files_is_read_by_its_json(trained_folder: Path, tmp_
     assert Tokenizer.from_folder(tmp_path).source == str(tmp_path / "tokenizer.model")
     shutil.copy(trained_folder / "tokenizer.model", tmp_path / "spiece.bin")
     assert Tokenizer.from_file(tmp_path / "spiece.bin").encode("sun") == Tokenizer.from_folder(tmp_path).encode("sun")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_folder_whose_name_is_no_utf8(trained_folder: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / os.fsdecode(b"gemma-\xff")
+    folder.mkdir()
+    shutil.copy(trained_folder / name, folder)
+    assert Tokenizer.from_folder(folder).encode("sun") == Tokenizer.from_folder(trained_folder).encode("sun")
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -15,36 +15,13 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from small_run import settings_for
+from small_run import KilledError, Silent, settings_for
 
 import gemma2
 from gemma2.checkpoints import open_checkpoint
 from gemma2.errors import CheckpointError, ConfigError, DataError, Gemma2Error
 from gemma2.training.pretrain import pretrain
 from gemma2.training.settings import PretrainSettings, load_pretrain_settings
-
-
-class Silent:
-    """A progress that remembers, and can stop the run like a kill would."""
-
-    def __init__(self, die_at: int | None = None) -> None:
-        self.losses: list[float] = []
-        self.die_at = die_at
-
-    def on_step(self, step: int, num_steps: int, loss: float, tokens_per_second: float) -> None:
-        self.losses.append(loss)
-        if step == self.die_at:
-            raise KilledError
-
-    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        pass
-
-    def on_checkpoint(self, path: Path) -> None:
-        pass
-
-
-class KilledError(Exception):
-    pass
 
 
 def _settings(tmp_path: Path, text: str, name: str, *overrides: str) -> PretrainSettings:

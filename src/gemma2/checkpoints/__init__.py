@@ -5,6 +5,7 @@ A reader yields (Hugging Face name, lazy array); a writer takes (name, array); a
 
 from __future__ import annotations
 
+from gemma2.checkpoints.adapters import Adapter, LowRankUpdate, is_adapter, open_adapter
 from gemma2.checkpoints.checkpoint import Checkpoint, LazyTensor
 from gemma2.checkpoints.hub import pull
 from gemma2.checkpoints.layout import TOKENIZER_FILES
@@ -18,11 +19,15 @@ from gemma2.checkpoints.safetensors_writer import save_checkpoint
 
 __all__ = [
     "TOKENIZER_FILES",
+    "Adapter",
     "Checkpoint",
     "LazyTensor",
+    "LowRankUpdate",
     "PackedFile",
     "expected_tensors",
+    "is_adapter",
     "is_packed",
+    "open_adapter",
     "open_checkpoint",
     "open_packed",
     "packed_model",

@@ -1,9 +1,8 @@
 """Quantized copies of models, made once and kept: whoever runs a bf16 model in q4 waits for the rounding only once.
 
-They lie in `GEMMA2_CACHE`, else `XDG_CACHE_HOME`/gemma2, else ~/.cache/gemma2, in a folder `packed`. A copy's name
-tells the model's folder, and hashes of that folder's path and of its files: their paths, sizes, times and headers. So a
-model whose files change is rounded anew, and the copy of its former files goes. Nothing there is needed; any of it may
-be deleted at any time.
+They lie in the folder `packed` of the package's cache (`gemma2.cache_folder`). A copy's name tells the model's folder,
+and hashes of that folder's path and of its files: their paths, sizes, times and headers. So a model whose files change
+is rounded anew, and the copy of its former files goes. Nothing there is needed; any of it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import filelock
-
+from gemma2.cache_folder import cache_folder
 from gemma2.checkpoints.checkpoint import Checkpoint
 from gemma2.checkpoints.layout import PACKED_SUFFIX
 from gemma2.checkpoints.packed_folder import write_packed_file
@@ -34,17 +32,10 @@ from gemma2.errors import CheckpointError
 from gemma2.quantization import PackedModel
 from gemma2.quantization.packing import ROUNDING_VERSION, layout_of, packed_sizes, with_second_plane
 
-VARIABLE: Final = "GEMMA2_CACHE"
+_NAME_BYTES: Final = 100
+"""How much of a folder's name is in that of its copy: file systems take 255 bytes in all."""
 SMALL_MODEL_PARAMETERS: Final = 20_000_000
 """A model of fewer is rounded in a tenth of a second, so no copy of it is kept."""
-
-
-def cache_folder() -> Path:
-    """Where copies lie; it need not exist."""
-    if own := os.environ.get(VARIABLE):
-        return Path(own).expanduser() / "packed"
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "gemma2" / "packed"
 
 
 def packed_model(
@@ -76,18 +67,22 @@ def packed_model(
     is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
     if weight_format not in ("float32", "bfloat16") and not is_small:
         try:
-            with _locked(_Copy.of(checkpoint, weight_format, second_plane=second_plane), notify) as copy:
-                kept = copy.open(num_threads, notify)
-                if kept is None:
-                    notify(f"{checkpoint.folder}: rounding to {weight_format}, once; kept in {copy.file.parent}")
-                    copy.make(num_threads, progress)
+            copy = _Copy.of(checkpoint, weight_format, second_plane=second_plane)
+            # Without the lock first: a copy comes whole or not at all, and a cache that may only be read has no locks.
+            kept = copy.open(num_threads, lambda sentence: None)
+            if kept is None:
+                with _locked(copy, notify):
                     kept = copy.open(num_threads, notify)
+                    if kept is None:
+                        notify(f"{checkpoint.folder}: rounding to {weight_format}, once; kept in {copy.file.parent}")
+                        copy.make(num_threads, progress)
+                        kept = copy.open(num_threads, notify)
             if kept is not None:
                 return kept
         except OSError as error:
-            what = f"{error.filename or cache_folder()}: {error.strerror or error}"
+            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
             notify(
-                f"{what}; the rounded weights cannot be kept, so the next start takes as long. {VARIABLE} moves them"
+                f"{what}; the rounded weights cannot be kept, so the next start takes as long. GEMMA2_CACHE moves them"
             )
     return pack_model(checkpoint, weight_format, num_threads=num_threads, second_plane=second_plane, progress=progress)
 
@@ -109,21 +104,23 @@ class _Copy:
     def of(cls, checkpoint: Checkpoint, weight_format: str, *, second_plane: bool | None) -> _Copy:
         second_plane = with_second_plane(weight_format, second_plane)
         kind = f"{weight_format}+{weight_format}" if second_plane else weight_format
-        folder = checkpoint.folder.resolve()
-        stem = f"{folder.name}-{_hash(str(folder))}-{kind}"
+        source = checkpoint.folder.resolve()
+        name = os.fsencode(source.name)[:_NAME_BYTES].decode(errors="ignore")  # for whoever looks into the cache
+        stem = f"{name}-{_hash(os.fsencode(source))}-{kind}"
         identity = {
             "version": [FORMAT_VERSION, ROUNDING_VERSION],
             "layout": layout_of(weight_format),
             "config": checkpoint.config.to_dict(),
             "files": [_describe(path) for path in checkpoint.files],
         }
-        name = f"{stem}-{_hash(json.dumps(identity, sort_keys=True))}{PACKED_SUFFIX}"
+        folder = cache_folder() / "packed"
+        identity_hash = _hash(json.dumps(identity, sort_keys=True).encode())
         return cls(
             checkpoint=checkpoint,
             format=weight_format,
             second_plane=second_plane,
-            file=cache_folder() / name,
-            lock=cache_folder() / f"{stem}.lock",
+            file=folder / f"{stem}-{identity_hash}{PACKED_SUFFIX}",
+            lock=folder / f"{stem}.lock",
             same_folder=f"{glob.escape(stem)}-*",
         )
 
@@ -167,7 +164,9 @@ class _Copy:
 
 
 @contextmanager
-def _locked(copy: _Copy, notify: Callable[[str], None]) -> Iterator[_Copy]:
+def _locked(copy: _Copy, notify: Callable[[str], None]) -> Iterator[None]:
+    import filelock
+
     copy.lock.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(copy.lock)
     try:
@@ -178,7 +177,7 @@ def _locked(copy: _Copy, notify: Callable[[str], None]) -> Iterator[_Copy]:
     except NotImplementedError:  # a file system without locks: a copy may be made twice, but is never half a one
         pass
     try:
-        yield copy
+        yield
     finally:
         lock.release()
 
@@ -192,5 +191,5 @@ def _describe(file: Path) -> list[str | int]:
     return [str(file.resolve()), status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]

@@ -291,13 +291,28 @@ def open_packed_file(file: Path) -> PackedFile:
         checksums = parse_json_object(metadata["checksums"].encode())
     except (KeyError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{file}: its header is damaged: {error}; {_QUANTIZE_AGAIN}") from None
-    sizes = packed_sizes(config, weight_format, second_plane=weight_format == "q4" and SECOND_PLANE in entries)
-    found = {name: entry.end - entry.start for name, entry in entries.items()}
-    if found != {name: _padded(size) for name, size in sizes.items()} or set(checksums) != set(sizes):
+    if not _are_those_of(config, weight_format, entries) or set(checksums) != set(entries):
         raise CheckpointError(f"{file}: its tensors are not those of the architecture in its header; {_QUANTIZE_AGAIN}")
+    if any(entry.start % ALIGNMENT for entry in entries.values()):
+        raise CheckpointError(
+            f"{file}: its tensors do not begin at multiples of {ALIGNMENT} bytes, as the kernels need them; "
+            + _QUANTIZE_AGAIN
+        )
     return PackedFile(
         file=file, config=config, format=weight_format, entries=entries, _checksums=checksums, _mapping=mapping
     )
+
+
+def _are_those_of(config: Gemma2Config, weight_format: str, entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether the entries have the names and sizes that an architecture asks for."""
+    if config.num_hidden_layers >= len(entries):  # a layer has several; nobody must list a billion of them
+        return False
+    try:
+        sizes = packed_sizes(config, weight_format, second_plane=weight_format == "q4" and SECOND_PLANE in entries)
+    except (ValueError, TypeError):  # axes beyond the kernels', or beyond their integers
+        return False
+    found = {name: entry.end - entry.start for name, entry in entries.items()}
+    return found == {name: _padded(size) for name, size in sizes.items()}
 
 
 def _check_kind(metadata: Mapping[str, str], file: Path) -> None:

@@ -55,7 +55,7 @@ def _open(folder: Path) -> Checkpoint:
     weights = _find_weights(folder)
     config = Gemma2Config.from_json_file(folder / CONFIG_FILE)
     _refuse_quantized(folder / CONFIG_FILE)
-    held = {file_name: _open_file(folder / file_name) for file_name in weights.file_names}
+    held = {file_name: open_safetensors(folder / file_name) for file_name in weights.file_names}
     if weights.weight_map is not None:
         _check_index(folder, weights.weight_map, held)
     found = {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
@@ -154,7 +154,13 @@ def _refuse_quantized(config_file: Path) -> None:
 # -- What they hold ---------------------------------------------------------------------------------------------
 
 
-def _open_file(file: Path) -> dict[str, LazyTensor]:
+def open_safetensors(file: Path) -> dict[str, LazyTensor]:
+    """Maps one safetensors file: name → tensor, in the order of the bytes.
+
+    Raises:
+        CheckpointError: it is not there, damaged, or not safetensors.
+        OSError: the system refuses it.
+    """
     if not file.is_file():
         what = "a folder" if file.is_dir() else "a link to a file that is not there; finish the download"
         raise CheckpointError(f"{file}: must be a safetensors file, but is {what}")

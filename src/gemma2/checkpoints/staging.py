@@ -2,7 +2,8 @@
 
 All files are first written to a staging folder inside the target, on the same disk, and moved out when all are there,
 config.json last: a folder without it opens nowhere, here or in transformers, so a write that is killed never leaves
-one that looks whole. What a killed write left is cleared up by the next.
+one that looks whole. What a killed write left is cleared up by the next; a folder that another process writes to is
+refused, by a lock that ends with its process.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> It
         may_overwrite: whether a folder that is not empty may be written to; is asked only of such a one.
 
     Raises:
-        CheckpointError: the folder is a file, may not be overwritten, or the system refuses.
+        CheckpointError: the folder is a file, may not be overwritten, or is being written to; or the system refuses.
     """
     with clear_errors(folder):
         if folder.exists() and not folder.is_dir():
@@ -47,10 +48,16 @@ def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> It
                 f"{folder}: is not empty (it has {first_few(others)}); choose another folder, or ask to overwrite it"
             )
         for path in abandoned:  # left by a write that was killed
-            shutil.rmtree(path, ignore_errors=True)
+            with _locked(path) as is_ours:
+                if not is_ours:
+                    raise CheckpointError(
+                        f"{folder}: another process is writing to it; wait for its end, or choose another folder"
+                    )
+                shutil.rmtree(path, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=folder))
     try:
-        yield staging
+        with _locked(staging):
+            yield staging
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if made:
@@ -60,19 +67,45 @@ def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> It
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def publish(staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]]) -> None:
+@contextmanager
+def _locked(staging: Path) -> Iterator[bool]:
+    """Locks a staging folder while this process lives, or says that another holds it; without locks, nobody does."""
+    try:
+        descriptor = os.open(staging, os.O_RDONLY)
+    except FileNotFoundError:  # it ended meanwhile
+        yield True
+        return
+    is_ours = True
+    try:
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_ours = False
+        except (OSError, ImportError):  # a file system without locks, or Windows
+            pass
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def publish(
+    staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]], config_file: str = CONFIG_FILE
+) -> None:
     """Moves the finished files out, so that the folder opens neither as the old model nor as the new one in between.
 
     Args:
-        staging: holds config.json and what belongs to it.
+        staging: holds the config and what belongs to it.
         folder: where to.
         weights: says which files of a folder hold weights. Those of `folder` that have no successor are removed.
+        config_file: the file without which the folder opens nowhere.
     """
     for path in staging.iterdir():
         sync(path)  # a rename may survive a power cut that the contents do not
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    (folder / config_file).unlink(missing_ok=True)
     new = [path.name for path in weights(staging)]
-    others = sorted(path.name for path in staging.iterdir() if path.name not in (*new, CONFIG_FILE))
+    others = sorted(path.name for path in staging.iterdir() if path.name not in (*new, config_file))
     # The weights first: so the folder has some at any time, by which a next write sees that it may go on here.
     for name in (*new, *others):
         (staging / name).replace(folder / name)
@@ -80,7 +113,7 @@ def publish(staging: Path, folder: Path, *, weights: Callable[[Path], list[Path]
         if path.name not in new:
             path.unlink()
     sync(folder)
-    (staging / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    (staging / config_file).replace(folder / config_file)
     sync(folder)
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
 from gemma2.cli.bench_measure import Ceilings
+from gemma2.runtime import make_runtime
 
 _READ_SECONDS: Final = 0.4
 _DOT_SECONDS: Final = 0.2
@@ -40,7 +41,7 @@ class ThisMachine:
     def __init__(
         self, *, num_threads: int, isa: str, weight_format: str, tensors: Mapping[str, npt.NDArray[Any]]
     ) -> None:
-        self._runtime = kernels.Runtime(num_threads, isa)
+        self._runtime = make_runtime(num_threads, isa)
         self._kind = DOT_KINDS[weight_format]
         self._own_bytes = 0
         self._array = max(tensors.values(), key=lambda tensor: tensor.nbytes)

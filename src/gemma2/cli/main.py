@@ -29,7 +29,11 @@ VERBS: Final = {
     "bench": "measure how fast this machine runs a model, beside what it can do",
     "pull": "download a model from the Hugging Face Hub",
     "quantize": "round a model's weights to 8 or 4 bits, into a folder that loads at once",
+    "eval": "measure how well a model predicts text, or compare several",
+    "lm-eval": "run tasks of lm-eval, the Language Model Evaluation Harness, on a model",
     "pretrain": "train a model from scratch, from a file of settings",
+    "tune": "fine-tune a model on examples, whole or by an adapter, from a file of settings",
+    "merge": "fold adapters into a model's weights, or average the weights of several models",
 }
 """Each verb and its line in --help."""
 
@@ -39,7 +43,14 @@ EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
 
 # Which extra brings a library that running does not need.
-_EXTRAS: Final = {"torch": "torch", "pydantic": "train", "yaml": "train", "matplotlib": "train", "zstandard": "train"}
+_EXTRAS: Final = {
+    "torch": "torch",
+    "pydantic": "train",
+    "yaml": "train",
+    "matplotlib": "train",
+    "zstandard": "train",
+    "peft": "train",
+}
 
 
 class Verb(Protocol):
@@ -121,7 +132,7 @@ def _dispatch(arguments: list[str]) -> int:
         hint = nearest_name(name, VERBS) or f" The verbs are {', '.join(VERBS)}."
         print(f"gemma2: error: there is no verb {name!r}.{hint}", file=sys.stderr)
         return EXIT_USAGE
-    verb = cast(Verb, importlib.import_module(f"gemma2.cli.{name}"))
+    verb = cast(Verb, importlib.import_module(f"gemma2.cli.{name.replace('-', '_')}"))
     verb_parser = ArgumentParser(
         prog=f"gemma2 {name}",
         description=f"{VERBS[name][0].upper()}{VERBS[name][1:]}.",

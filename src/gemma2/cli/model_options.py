@@ -17,14 +17,32 @@ WEIGHTS: Final = ("auto", "float32", "bfloat16", "q8", "q4")
 KV_CACHES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Declares the options.
+
+    Args:
+        parser: the verb's.
+        several: whether --model and --weights may come several times; they are lists then, or None if left out.
+    """
     group = parser.add_argument_group("model")
+    action, again = ("append", "; may come again") if several else ("store", "")
     group.add_argument(
-        "--model", metavar="MODEL", help="a folder, or a name on the Hub that was pulled (default: the bundled model)"
+        "--model",
+        metavar="MODEL",
+        action=action,
+        help=f"a folder, or a name on the Hub that was pulled{again} (default: the bundled model)",
+    )
+    group.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA adapter to run on top of the model, as `gemma2 tune` writes it"
     )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes (default: %(default)s)")
-    group.add_argument("--weights", choices=WEIGHTS, default="auto", help="how weights are kept (default: %(default)s)")
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        action=action,
+        default=None if several else "auto",
+        help=f"how weights are kept{again} (default: auto)",
+    )
     group.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="how the CPU engine keeps keys and values")
     group.add_argument("--threads", type=int, metavar="N", help="of the CPU engine (default: one for each core)")
     group.add_argument("--device", help="such as cpu, cuda or cuda:1, for torch (default: the best there is)")
@@ -46,6 +64,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
     with waiting:
         return load(
             args.model,
+            adapter=args.adapter,
             backend=args.backend,
             weights=args.weights,
             device=args.device,

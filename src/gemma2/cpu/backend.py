@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from gemma2 import _kernels as kernels
+from gemma2.checkpoints import Adapter
 from gemma2.config import Gemma2Config
 from gemma2.cpu.kv_blocks import KVBlocks
 from gemma2.cpu.model import HEAD_CANDIDATES, MAX_ROWS, CpuModel
 from gemma2.cpu.threads import resolve_num_threads
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.quantization import PackedModel
+from gemma2.runtime import make_runtime
 from gemma2.step import Logits, SequenceStep, StepBatch
 
+MEMORY_LIMIT_FILE: Final = Path("/sys/fs/cgroup/memory.max")
 KV_CACHE_DTYPES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
@@ -31,9 +36,10 @@ class CpuBackend:
         kv_cache: dtype of keys and values: "float32", "bfloat16", "int8", or "auto": float32 beside float32 weights,
             else bfloat16.
         kv_cache_bytes: the most memory that keys and values may take, taken as sequences grow. Left out, half of the
-            machine's memory.
+            memory that the machine, its container or a limit on address space leaves.
         head_candidates: words whose logits the second plane of a two-plane head refines; left out,
             `HEAD_CANDIDATES`; the vocabulary's size for all of them. Without a second plane it does nothing.
+        adapter: an adapter that is added to the weights as they run.
 
     Raises:
         ConfigError: an argument is out of range, or names what this machine does not have.
@@ -48,9 +54,12 @@ class CpuBackend:
         kv_cache: str = "auto",
         kv_cache_bytes: int | None = None,
         head_candidates: int = HEAD_CANDIDATES,
+        adapter: Adapter | None = None,
     ) -> None:
-        if head_candidates < 1:
+        if not _is_count(head_candidates):
             raise ConfigError(f"head_candidates must be a whole number of at least 1, but is {head_candidates!r}")
+        if kv_cache_bytes is not None and not _is_count(kv_cache_bytes):
+            raise ConfigError(f"kv_cache_bytes must be a whole number of at least 1, but is {kv_cache_bytes!r}")
         if kv_cache not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
@@ -58,11 +67,8 @@ class CpuBackend:
             )
         if kv_cache == "auto":
             kv_cache = "float32" if packed.format == "float32" else "bfloat16"
-        try:
-            runtime = kernels.Runtime(resolve_num_threads(num_threads), isa)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        self._model = CpuModel(packed, runtime, head_candidates=head_candidates)
+        runtime = make_runtime(resolve_num_threads(num_threads), isa)
+        self._model = CpuModel(packed, runtime, head_candidates=head_candidates, adapter=adapter)
         self._cache = KVBlocks(
             packed.config,
             kv_cache,
@@ -201,5 +207,16 @@ def _parts(steps: Sequence[SequenceStep]) -> Iterator[list[SequenceStep]]:
         yield part
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The machine's memory, or less where a container (cgroup v2) or a limit on address space leaves less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        sizes.append(address_space)
+    with suppress(OSError, ValueError):  # no cgroup, or "max": no limit
+        sizes.append(int(MEMORY_LIMIT_FILE.read_text()))
+    return min(sizes)

@@ -18,10 +18,11 @@ from gemma2 import _kernels as kernels
 from gemma2.checkpoints import Checkpoint
 from gemma2.checkpoints.packing import as_tensors, packed_pieces
 from gemma2.config import Gemma2Config
-from gemma2.errors import DataError
+from gemma2.errors import CheckpointError, DataError
 from gemma2.quantization import packed_shapes
 from gemma2.quantization.feedback import Feedback, SecondMoments
 from gemma2.quantization.packing import EMBEDDING, aligned_memory, packed_sizes
+from gemma2.runtime import make_runtime
 
 Floats = npt.NDArray[np.float32]
 
@@ -100,7 +101,7 @@ class CalibrationRun:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._num_threads = num_threads
-        self._runtime = kernels.Runtime(num_threads)
+        self._runtime = make_runtime(num_threads)
         embedding = checkpoint.tensors[EMBEDDING].numpy()
         scale = float(ml_dtypes.bfloat16(self._config.hidden_size**0.5))
         self._residuals: list[Floats] = [embedding[ids].astype(np.float32) * np.float32(scale) for ids in sequences]
@@ -108,7 +109,11 @@ class CalibrationRun:
         self._moments: dict[str, SecondMoments] = {}
 
     def feedback(self, name: str) -> Feedback:
-        """Returns the feedback of a packed tensor's rounding; see `quantization.feedback.Calibration`."""
+        """Returns the feedback of a packed tensor's rounding; see `quantization.feedback.Calibration`.
+
+        Raises:
+            CheckpointError: the model's arithmetic overflows on the way to this tensor.
+        """
         while name not in self._moments:
             if self._next_layer == self._config.num_hidden_layers:
                 assert name == EMBEDDING, f"{name} is asked for too late"
@@ -116,7 +121,10 @@ class CalibrationRun:
             else:
                 self._run_layer(self._next_layer)
                 self._next_layer += 1
-        return self._moments.pop(name).feedback()
+        try:
+            return self._moments.pop(name).feedback()
+        except ValueError as error:
+            raise CheckpointError(f"{self._checkpoint.folder}: cannot be calibrated at {name}: {error}") from None
 
     def _run_layer(self, index: int) -> None:
         config, run, eps = self._config, self._runtime, self._config.rms_norm_eps

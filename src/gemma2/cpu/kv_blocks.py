@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
-from gemma2.errors import KVCacheFullError
+from gemma2.errors import ConfigError, KVCacheFullError
 
 FREED: Final = -1
 """In a table: a block that a local layer has given back."""
@@ -180,6 +180,9 @@ class KVBlocks:
         capacity_bytes: the most memory that keys and values may take; it is taken as sequences grow. At least one
             sequence of the context's length always fits.
         chunk_tokens: the most tokens of a sequence in one forward pass; a local layer holds so many beyond its window.
+
+    Raises:
+        ConfigError: the system has no room for a cache of this capacity.
     """
 
     def __init__(self, config: Gemma2Config, dtype: str, *, capacity_bytes: int, chunk_tokens: int) -> None:
@@ -197,11 +200,17 @@ class KVBlocks:
         )
         num_sequences = max(1, capacity_bytes // sequence_bytes)
         self.dtype = dtype
-        self.kinds = [
-            LayerCaches(config, dtype, layers, window, num_sequences * blocks_of_one[window])
-            for layers, window in ((local, config.sliding_window), (full, 0))
-            if layers
-        ]
+        try:
+            self.kinds = [
+                LayerCaches(config, dtype, layers, window, num_sequences * blocks_of_one[window])
+                for layers, window in ((local, config.sliding_window), (full, 0))
+                if layers
+            ]
+        except (OSError, MemoryError, OverflowError, ValueError) as error:  # a size beyond the system's, or any array's
+            raise ConfigError(
+                f"a KV cache of {num_sequences * sequence_bytes} bytes cannot be had: {error}; give it fewer "
+                "(kv_cache_bytes), or the model a shorter context (max_position_embeddings)"
+            ) from None
         self._sequences: dict[int, CachedSequence] = {}
 
     def num_tokens(self, sequence_id: int) -> int:
@@ -236,9 +245,9 @@ class KVBlocks:
                     "cache more memory (kv_cache_bytes)"
                 )
         for (sequence_id, _), (sequence, num_tokens) in zip(lengths, sequences, strict=True):
+            self._sequences[sequence_id] = sequence  # known before it holds anything: Ctrl-C must not lose its blocks
             for kind, table in zip(self.kinds, sequence.tables, strict=True):
                 kind.extend(runtime, table, sequence.num_tokens, num_tokens)
-            self._sequences[sequence_id] = sequence
 
     def tables(self, sequence_ids: Sequence[int], row_starts: npt.NDArray[np.int32]) -> list[kernels.BatchTable]:
         """What the kernels need to find the rows' keys: one table for each kind, as of before the step's tokens."""

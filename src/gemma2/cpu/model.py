@@ -23,9 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
+from gemma2.checkpoints import Adapter, expected_tensors
 from gemma2.config import Gemma2Config
 from gemma2.cpu.kv_blocks import LayerCaches
+from gemma2.cpu.low_rank import LowRankMap
 from gemma2.quantization import SECOND_PLANE, PackedModel, packed_shapes
+from gemma2.quantization.packing import packed_parts
 from gemma2.step import Logits, TokenIds
 
 MAX_ROWS: Final = 512
@@ -40,16 +43,30 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear map: a matrix, and what an adapter adds to it."""
+
+    matrix: kernels.Matrix
+    update: LowRankMap | None
+
+    def __call__(self, runtime: kernels.Runtime, x: kernels.Activations, out: Floats) -> None:
+        """out = W x; x: (T, inputs), out: (T, outputs)."""
+        kernels.matmul(runtime, x, self.matrix, out)
+        if self.update is not None:
+            self.update.add(runtime, x, out)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """The weights of one layer; names are Hugging Face's."""
 
     input_layernorm: Floats
-    qkv_proj: kernels.Matrix
-    o_proj: kernels.Matrix
+    qkv_proj: Linear
+    o_proj: Linear
     post_attention_layernorm: Floats
     pre_feedforward_layernorm: Floats
-    gate_up_proj: kernels.Matrix
-    down_proj: kernels.Matrix
+    gate_up_proj: Linear
+    down_proj: Linear
     post_feedforward_layernorm: Floats
 
 
@@ -61,10 +78,16 @@ class CpuModel:
         runtime: threads and instruction set.
         head_candidates: words whose logits the head's second plane refines, if the weights have one; the vocabulary's
             size or more for the full product of both planes.
+        adapter: what is added to the weights' linear maps, if anything.
     """
 
     def __init__(
-        self, packed: PackedModel, runtime: kernels.Runtime, *, head_candidates: int = HEAD_CANDIDATES
+        self,
+        packed: PackedModel,
+        runtime: kernels.Runtime,
+        *,
+        head_candidates: int = HEAD_CANDIDATES,
+        adapter: Adapter | None = None,
     ) -> None:
         self.config = packed.config
         self.format = packed.format
@@ -75,16 +98,28 @@ class CpuModel:
             outputs, inputs = shapes[name]
             return kernels.Matrix(packed.format, outputs, inputs, packed.tensors[name])
 
+        updates = {} if adapter is None else adapter.updates
+        parts, part_shapes = packed_parts(packed.config), expected_tensors(packed.config)
+
+        def linear(name: str) -> Linear:
+            own = [(part_shapes[part][0], updates.get(part)) for part in parts[name]]
+            base = matrix(name)
+            if all(update is None for _, update in own):
+                return Linear(matrix=base, update=None)
+            data = packed.tensors[name]
+            assert data.dtype == np.uint8
+            return Linear(matrix=base, update=LowRankMap(runtime, base, data.view(np.uint8), own, MAX_ROWS))
+
         def layer(index: int) -> Layer:
             prefix = f"model.layers.{index}."
             return Layer(
                 input_layernorm=_norm(packed, prefix + "input_layernorm.weight"),
-                qkv_proj=matrix(prefix + "self_attn.qkv_proj.weight"),
-                o_proj=matrix(prefix + "self_attn.o_proj.weight"),
+                qkv_proj=linear(prefix + "self_attn.qkv_proj.weight"),
+                o_proj=linear(prefix + "self_attn.o_proj.weight"),
                 post_attention_layernorm=_norm(packed, prefix + "post_attention_layernorm.weight"),
                 pre_feedforward_layernorm=_norm(packed, prefix + "pre_feedforward_layernorm.weight"),
-                gate_up_proj=matrix(prefix + "mlp.gate_up_proj.weight"),
-                down_proj=matrix(prefix + "mlp.down_proj.weight"),
+                gate_up_proj=linear(prefix + "mlp.gate_up_proj.weight"),
+                down_proj=linear(prefix + "mlp.down_proj.weight"),
                 post_feedforward_layernorm=_norm(packed, prefix + "post_feedforward_layernorm.weight"),
             )
 
@@ -143,7 +178,7 @@ class CpuModel:
             is_last = index + 1 == len(self.layers)
 
             # Attention. Scale, cap, mask, softmax, in this order.
-            kernels.matmul(run, buffers.normed, layer.qkv_proj, buffers.qkv)
+            layer.qkv_proj(run, buffers.normed, buffers.qkv)
             kernels.append_kv(run, buffers.qkv, cos, sin, table, cache, query_scale, buffers.queries)
             kernels.attend(run, buffers.queries, table, cache, kind.window, cap, buffers.mixed)
             if is_last and len(rows_with_logits) < len(token_ids):
@@ -155,7 +190,7 @@ class CpuModel:
                 buffers = self._buffers_for(len(rows_with_logits))
                 buffers.mixed[:] = mixed
             kernels.write_activations(run, buffers.mixed, buffers.heads)
-            kernels.matmul(run, buffers.heads, layer.o_proj, buffers.update_TD)
+            layer.o_proj(run, buffers.heads, buffers.update_TD)
             kernels.add_rms_norm(
                 run,
                 residual_TD,
@@ -167,9 +202,9 @@ class CpuModel:
             )
 
             # GeGLU: down(gelu(gate(x)) · up(x)).
-            kernels.matmul(run, buffers.normed, layer.gate_up_proj, buffers.gate_up)
+            layer.gate_up_proj(run, buffers.normed, buffers.gate_up)
             kernels.geglu(run, buffers.gate_up, buffers.hidden)
-            kernels.matmul(run, buffers.hidden, layer.down_proj, buffers.update_TD)
+            layer.down_proj(run, buffers.hidden, buffers.update_TD)
             kernels.add_rms_norm(
                 run,
                 residual_TD,
@@ -206,7 +241,9 @@ class CpuModel:
             if len(self._buffers) > 64:  # many lengths of chunks: views cost little, but not nothing
                 self._buffers = {MAX_ROWS: self._buffers[MAX_ROWS]}
             if MAX_ROWS not in self._buffers:
-                self._buffers[MAX_ROWS] = Buffers.allocate(self.config, self.layers[0].qkv_proj.activation_format)
+                self._buffers[MAX_ROWS] = Buffers.allocate(
+                    self.config, self.layers[0].qkv_proj.matrix.activation_format
+                )
             buffers = self._buffers[num_rows] = self._buffers[MAX_ROWS].first_rows(num_rows)
         return buffers
 

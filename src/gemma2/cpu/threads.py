@@ -33,12 +33,12 @@ def default_num_threads() -> int:
     container's limit on processor time (cgroup v2 `cpu.max`) counts as well.
 
     Raises:
-        ConfigError: GEMMA2_NUM_THREADS is not a whole number of at least 1.
+        ConfigError: GEMMA2_NUM_THREADS is not a whole number from 1 to 1024.
     """
     forced = os.environ.get(VARIABLE)
     if forced:
-        if not forced.isdecimal() or int(forced) < 1:
-            raise ConfigError(f"{VARIABLE} must be a whole number of at least 1, but is {forced!r}")
+        if not forced.isdecimal() or len(forced) > 9 or not 1 <= int(forced) <= MAX_THREADS:
+            raise ConfigError(f"{VARIABLE} must be a whole number from 1 to {MAX_THREADS}, but is {forced!r:.80}")
         return int(forced)
     if not hasattr(os, "sched_getaffinity"):  # macOS
         return os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """From names to bytes: which files a pattern means, and reading them whether or not they are compressed.
 
 Formats are told by the ending: `.txt` is one document a file, `.jsonl` and `.json` one JSON object a line; each may be
-followed by `.xz`, `.gz` or `.zst`.
+followed by `.xz`, `.gz` or `.zst`. Examples for fine-tuning may also come as `.parquet`, or as an array in a `.json`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ from gemma2.errors import DataError, MissingDependencyError, nearest_name
 
 TEXT_ENDINGS: Final = (".txt",)
 JSON_ENDINGS: Final = (".jsonl", ".json")
+PARQUET_ENDING: Final = ".parquet"
+DOCUMENT_ENDINGS: Final = (*TEXT_ENDINGS, *JSON_ENDINGS)
+EXAMPLE_ENDINGS: Final = (*JSON_ENDINGS, PARQUET_ENDING)
 COMPRESSIONS: Final = (".xz", ".gz", ".zst")
-_ENDINGS_IN_WORDS: Final = ".txt, .jsonl or .json, each also with .xz, .gz or .zst"
 _SKIP_BYTES: Final = 1 << 20
 
 STREAM_ERRORS: Final = (EOFError, OSError, lzma.LZMAError, zlib.error)
 """What reading a damaged or truncated compressed stream raises. `gzip.BadGzipFile` is an `OSError`."""
 
 
-def expand_files(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
+def expand_files(
+    patterns: str | Path | Sequence[str | Path], *, endings: tuple[str, ...] = DOCUMENT_ENDINGS
+) -> list[Path]:
     """Lists the files that names, globs and folders mean.
 
     Args:
         patterns: file names, globs (`**` crosses folders), or folders, which are searched with all their subfolders.
             Files of other kinds and hidden files that a glob or a folder holds are passed over.
+        endings: of the kinds of files that are meant; all but Parquet may be compressed.
 
     Returns:
         The files, in the order of the patterns and sorted within each; a file that several patterns mean comes once.
@@ -46,7 +51,7 @@ def expand_files(patterns: str | Path | Sequence[str | Path]) -> list[Path]:
         raise DataError("a file, a glob or a folder to read is needed, but the name or the list of names is empty")
     found: dict[Path, None] = {}
     for pattern in patterns:
-        found.update(dict.fromkeys(_expand_one(Path(pattern).expanduser())))
+        found.update(dict.fromkeys(_expand_one(Path(pattern).expanduser(), endings)))
     return list(found)
 
 
@@ -56,15 +61,21 @@ def is_json_lines(file: Path) -> bool:
     Raises:
         DataError: the ending is not known.
     """
+    return ending_of(file, DOCUMENT_ENDINGS) in JSON_ENDINGS
+
+
+def ending_of(file: Path, endings: tuple[str, ...]) -> str:
+    """Which of `endings` a file's name has, that of its compression left out.
+
+    Raises:
+        DataError: none of them.
+    """
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
+    if suffixes and suffixes[-1] in COMPRESSIONS and suffixes[-2:-1] != [PARQUET_ENDING]:
         suffixes.pop()
-    ending = suffixes[-1] if suffixes else ""
-    if ending in JSON_ENDINGS:
-        return True
-    if ending in TEXT_ENDINGS:
-        return False
-    raise DataError(f"{file}: its ending does not say how to read it; data files end in {_ENDINGS_IN_WORDS}")
+    if suffixes and suffixes[-1] in endings:
+        return suffixes[-1]
+    raise DataError(f"{file}: its ending does not say how to read it; {_in_words(endings)}")
 
 
 def open_bytes(file: Path, *, offset: int = 0) -> BinaryIO:
@@ -152,9 +163,9 @@ class _ZstandardStream(io.RawIOBase):
         super().close()
 
 
-def _expand_one(pattern: Path) -> list[Path]:
+def _expand_one(pattern: Path, endings: tuple[str, ...]) -> list[Path]:
     if pattern.is_file():
-        is_json_lines(pattern)
+        ending_of(pattern, endings)
         return [pattern]
     if pattern.is_dir():
         candidates: Iterable[Path] = (
@@ -170,16 +181,23 @@ def _expand_one(pattern: Path) -> list[Path]:
         siblings = [path.name for path in pattern.parent.iterdir()] if pattern.parent.is_dir() else []
         raise DataError(f"{pattern}: there is no such file or folder.{nearest_name(pattern.name, siblings)}")
     files = sorted(path for path in candidates if path.is_file())
-    known = [path for path in files if _has_known_ending(path)]
+    known = [path for path in files if _has_ending(path, endings)]
     if not known:
         others = f"; it holds {len(files)} other files, such as {files[0].name}" if files else ""
-        raise DataError(f"{pattern}: {kind} holds no data file{others}; data files end in {_ENDINGS_IN_WORDS}")
+        raise DataError(f"{pattern}: {kind} holds no data file{others}; {_in_words(endings)}")
     return known
 
 
-def _has_known_ending(file: Path) -> bool:
+def _has_ending(file: Path, endings: tuple[str, ...]) -> bool:
     try:
-        is_json_lines(file)
+        ending_of(file, endings)
     except DataError:
         return False
     return True
+
+
+def _in_words(endings: tuple[str, ...]) -> str:
+    compressible = [ending for ending in endings if ending != PARQUET_ENDING]
+    parquet = f"; or in {PARQUET_ENDING}" if PARQUET_ENDING in endings else ""
+    names = f"{', '.join(compressible[:-1])} or {compressible[-1]}"
+    return f"data files end in {names}, each also with .xz, .gz or .zst{parquet}"

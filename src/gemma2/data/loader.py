@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from gemma2.data.files import expand_files
+from gemma2.data.fingerprint import TOKENIZER_PROBE, check_same_fingerprint
 from gemma2.data.packing import LOOKAHEAD, Encode, PackedBatch, Piece, batch_rows, pack_row
 from gemma2.data.shuffling import (
     PieceStream,
@@ -28,7 +28,6 @@ from gemma2.data.sources import Newlines, OnError, check_reading
 from gemma2.errors import DataError
 
 _STATE_VERSION: Final = 1
-_TOKENIZER_PROBE: Final = "The quick brown fox\r\njumps over 42 lazy dogs;\n\n\tça va, Οδυσσεύς? 漢字 🦊"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ class PackedLoader(Iterator[PackedBatch]):
                 "eos_id": eos_id,
                 "weights": self._weights,
                 "files": [[[path.name, path.stat().st_size] for path in stream.files] for stream in settings],
-                "tokenizer": [int(token) for token in encode(_TOKENIZER_PROBE)],
+                "tokenizer": [int(token) for token in encode(TOKENIZER_PROBE)],
             }
         )
         self._snapshot = LoaderSnapshot(
@@ -253,7 +252,7 @@ class PackedLoader(Iterator[PackedBatch]):
             version = int(state["version"])
             if version != _STATE_VERSION:
                 raise DataError(f"the loader's state has version {version}, but only {_STATE_VERSION} can be read")
-            self._check_settings(str(state["settings"]))
+            check_same_fingerprint(str(state["settings"]), self._settings)
             streams = []
             for number in range(len(self._streams)):
                 prefix = f"source{number}_"
@@ -323,24 +322,6 @@ class PackedLoader(Iterator[PackedBatch]):
             self._tokens_drawn[number] += len(piece)
             self._pool.append(piece)
             waiting += len(piece)
-
-    def _check_settings(self, settings: str) -> None:
-        then, now = json.loads(settings), json.loads(self._settings)
-        for name, value in now.items():
-            if then.get(name) != value:
-                raise DataError(
-                    f"the loader cannot go on: {name} changed{_was_and_is(name, then.get(name), value)}. Resume with"
-                    " the settings, files and tokenizer that the state was saved with, or begin anew without it"
-                )
-
-
-def _was_and_is(name: str, was: Any, now: Any) -> str:
-    if name == "tokenizer":
-        return ""  # Its ids of a sample text would tell a reader nothing.
-    if name == "files" and was is not None:
-        lists = zip_longest(chain(*was), chain(*now))
-        was, now = next(((before, after) for before, after in lists if before != after), (len(was), len(now)))
-    return f": it was {was!r} and is {now!r}"
 
 
 def _as_sources(files: str | Path | Sequence[str | Path] | Sequence[Source]) -> list[Source]:

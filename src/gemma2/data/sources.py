@@ -17,7 +17,7 @@ from gemma2.errors import DataError, nearest_name
 Newlines = Literal["keep", "lf", "both"]
 OnError = Literal["raise", "skip"]
 
-_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _MAX_KEYS_SHOWN: Final = 12
 
 
@@ -132,8 +132,8 @@ def to_line_feeds(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Record:
-    """A document's bytes, not yet parsed."""
+class RawRecord:
+    """The bytes of a line, or of a whole text, not yet parsed."""
 
     data: bytes
     position: Position
@@ -166,7 +166,7 @@ def _iter_documents(
         num_records = 0
         try:
             with open_bytes(path, offset=position.offset) as stream:
-                for record in _json_records(stream, position) if as_json else _text_record(stream, position):
+                for record in json_lines(stream, position) if as_json else _text_record(stream, position):
                     num_records += 1
                     index = record.position.index
                     position = record.next_position
@@ -174,7 +174,7 @@ def _iter_documents(
                         continue
                     line = record.position.line + 1
                     try:
-                        text = _decode(record.data, path, line)
+                        text = decode_utf8(record.data, path, line)
                         if as_json:
                             text = _json_text(text, path, line, text_key)
                     except DataError as error:
@@ -213,7 +213,16 @@ def _nothing_message(paths: list[Path], num_records: int, rank: int, world_size:
     return f"{where}: no document is left to train on: {details}{last}"
 
 
-def _json_records(stream: BinaryIO, position: Position) -> Iterator[_Record]:
+def json_lines(stream: BinaryIO, position: Position) -> Iterator[RawRecord]:
+    """Splits a stream into lines, without the byte order mark and without lines that are blank.
+
+    Args:
+        stream: stands at `position`.
+        position: of the first line.
+
+    Raises:
+        STREAM_ERRORS: the stream is damaged.
+    """
     for data in stream:
         following = Position(
             file_number=position.file_number,
@@ -222,18 +231,18 @@ def _json_records(stream: BinaryIO, position: Position) -> Iterator[_Record]:
             index=position.index,
         )
         if not position.offset:
-            data = data.removeprefix(_BYTE_ORDER_MARK)
+            data = data.removeprefix(BYTE_ORDER_MARK)
         if data.isspace() or not data:
             position = following
             continue
         following = Position(
             file_number=following.file_number, offset=following.offset, line=following.line, index=position.index + 1
         )
-        yield _Record(data=data, position=position, next_position=following)
+        yield RawRecord(data=data, position=position, next_position=following)
         position = following
 
 
-def _text_record(stream: BinaryIO, position: Position) -> Iterator[_Record]:
+def _text_record(stream: BinaryIO, position: Position) -> Iterator[RawRecord]:
     data = stream.read()
     if data:
         following = Position(
@@ -242,27 +251,22 @@ def _text_record(stream: BinaryIO, position: Position) -> Iterator[_Record]:
             line=position.line + data.count(b"\n"),
             index=position.index + 1,
         )
-        yield _Record(data=data.removeprefix(_BYTE_ORDER_MARK), position=position, next_position=following)
+        yield RawRecord(data=data.removeprefix(BYTE_ORDER_MARK), position=position, next_position=following)
 
 
 def _json_text(source: str, path: Path, line: int, text_key: str) -> str:
-    try:
-        record = json.loads(source.rstrip("\r\n"))
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{path}, line {line}: not JSON: {reason}; one JSON object a line is needed") from None
+    record = parse_json_line(source, path, line)
     if not isinstance(record, dict):
-        raise DataError(f"{path}, line {line}: a JSON object is needed, but the line is a {_json_type(record)}")
+        raise DataError(f"{path}, line {line}: a JSON object is needed, but the line is a {json_type(record)}")
     if text_key not in record:
         keys = list(record)
-        shown = ", ".join(repr(key) for key in keys[:_MAX_KEYS_SHOWN]) + (", …" if len(keys) > _MAX_KEYS_SHOWN else "")
         raise DataError(
-            f"{path}, line {line}: no key {text_key!r}; the keys are {shown or 'none'}."
+            f"{path}, line {line}: no key {text_key!r}; the keys are {shown_keys(keys)}."
             f"{nearest_name(text_key, keys)} Set text_key to the one that holds the text."
         )
     text = record[text_key]
     if not isinstance(text, str):
-        raise DataError(f"{path}, line {line}: {text_key!r} must be a string, but is a {_json_type(text)}")
+        raise DataError(f"{path}, line {line}: {text_key!r} must be a string, but is a {json_type(text)}")
     # JSON may spell half of a surrogate pair ("\ud800"), which is no text: it has no UTF-8 form.
     try:
         text.encode()
@@ -273,7 +277,25 @@ def _json_text(source: str, path: Path, line: int, text_key: str) -> str:
     return text
 
 
-def _decode(data: bytes, path: Path, line: int) -> str:
+def parse_json_line(source: str, path: Path, line: int) -> object:
+    """Parses one line of JSON; `path` and `line` are for the error.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(source.rstrip("\r\n"))
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{path}, line {line}: not JSON: {reason}; one JSON object a line is needed") from None
+
+
+def decode_utf8(data: bytes, path: Path, line: int) -> str:
+    """Decodes bytes of a file of which the first stand on `line`.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -285,6 +307,13 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         ) from None
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """What JSON calls the type of a value; the name in Python of one that JSON does not have."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names[type(value)]
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def shown_keys(keys: Sequence[str]) -> str:
+    """The first few of an object's keys, for an error."""
+    shown = ", ".join(repr(key) for key in keys[:_MAX_KEYS_SHOWN])
+    return (shown + (", …" if len(keys) > _MAX_KEYS_SHOWN else "")) or "none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from numbers import Integral
 from typing import Final, TypeAlias, cast
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from gemma2.errors import ContextLengthError, Gemma2Error, SamplingError
 from gemma2.generation.request import Completion, Request, TextDelta
 from gemma2.generation.scheduler import Schedule, Scheduler
-from gemma2.generation.scoring import score
+from gemma2.generation.scoring import ContinuationScore, ScoringTask, score, score_continuations
 from gemma2.sampling import SamplingParams
 from gemma2.step import Backend, Logits, SequenceStep, StepBatch, TokenIds
 from gemma2.text import Tokenizer
@@ -161,6 +161,24 @@ class Engine:
             self._backend,
             token_ids,
             sequence_id=self._scheduler.new_sequence_id(),
+            vocab_size=self._vocab_size,
+            max_num_batched_tokens=self._max_num_batched_tokens,
+        )
+
+    def score_continuations(self, tasks: Iterable[ScoringTask]) -> Generator[tuple[ContinuationScore, ...], None, None]:
+        """Scores continuations of contexts, many at once; see `gemma2.generation.score_continuations`.
+
+        Args:
+            tasks: taken one by one as there is room for them. A context and its longest continuation have at most one
+                token more than the context holds, as the last one is never read.
+
+        Yields:
+            For each task, in order, a score for each of its continuations.
+        """
+        return score_continuations(
+            self._backend,
+            tasks,
+            new_sequence_id=self._scheduler.new_sequence_id,
             vocab_size=self._vocab_size,
             max_num_batched_tokens=self._max_num_batched_tokens,
         )

@@ -9,6 +9,8 @@ Axes: B batch, S cached tokens, K key/value heads, H head size.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,13 @@ class LayerCache:
         if self._first > max(GROWTH, self.num_tokens // 4):
             assert self._k_BKSH is not None
             self._move_to_new_buffers(self._k_BKSH, 0)
+
+    def copy(self) -> LayerCache:
+        """The same tokens in buffers of their own."""
+        made = copy.copy(self)
+        if made._k_BKSH is not None:
+            made._move_to_new_buffers(made._k_BKSH, 0)
+        return made
 
     def _move_to_new_buffers(self, like_BKLH: Tensor, num_new: int) -> None:
         num_batch, num_kv_heads, _, head_dim = like_BKLH.shape
@@ -121,6 +130,12 @@ class KVCache:
     def num_rows(self) -> int | None:
         """Rows of the batch, or None before the first pass."""
         return None if self._position_ids_BS is None else self._position_ids_BS.shape[0]
+
+    def copy(self) -> KVCache:
+        """A cache of the same tokens; what comes after goes into one of the two only."""
+        made = copy.copy(self)  # positions and segments are replaced by longer ones and never written to
+        made.layers = tuple(layer.copy() for layer in self.layers)
+        return made
 
     def last_tokens(self) -> tuple[Tensor, Tensor] | None:
         """(B, 1) segment and position of each row's last real token, 0 and -1 where there is none yet.

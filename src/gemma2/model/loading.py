@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import ml_dtypes
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gemma2.checkpoints import Checkpoint, LazyTensor, expected_tensors
+from gemma2.checkpoints import Adapter, Checkpoint, LazyTensor, expected_tensors
 from gemma2.errors import CheckpointError, ConfigError, nearest_name
 from gemma2.model.modeling import Gemma2ForCausalLM, refuse_float16
 
@@ -24,7 +24,11 @@ _HUGE_PAGE_BYTES: Final = 1 << 21
 
 
 def load_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    replace_linear: Callable[[nn.Linear], nn.Module] | None = None,
 ) -> Gemma2ForCausalLM:
     """Builds the model of a checkpoint and fills every parameter from it.
 
@@ -39,6 +43,8 @@ def load_model(
             what most of the bytes are stored in; float16 becomes float32, since Gemma 2 cannot run in it and bfloat16
             would round it.
         device: where to put the parameters; None for the CPU.
+        replace_linear: what to put in the place of each linear map of a layer as soon as it is filled, such as a
+            quantized one; so the whole model is never there in its first form.
 
     Returns:
         The model; the head and the embedding are one parameter.
@@ -58,10 +64,22 @@ def load_model(
         owner = model.get_submodule(owner_name)
         assert owner.get_parameter(attribute).shape == value.shape, name
         setattr(owner, attribute, nn.Parameter(value))
+        if replace_linear is not None and isinstance(owner, nn.Linear):
+            parent, _, child = owner_name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replace_linear(owner))
     model.lm_head.weight = model.model.embed_tokens.weight
     unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not unfilled, f"the table of tensors lacks {unfilled}"
     return model
+
+
+@torch.no_grad()
+def fold_adapter(model: Gemma2ForCausalLM, adapter: Adapter) -> None:
+    """Folds an adapter into the weights that it changes, in float32, rounded once to the weights' dtype."""
+    for name, update in adapter.updates.items():
+        parameter = model.get_parameter(name)
+        changed = update.apply(parameter.detach().float().cpu().numpy())
+        parameter.copy_(torch.from_numpy(changed))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -43,6 +43,11 @@ class TorchBackend:
         return self._model.config
 
     @property
+    def weights(self) -> str:
+        """The dtype of the weights: "float32" or "bfloat16"."""
+        return str(self._model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         weight: Tensor = self._model.model.embed_tokens.weight
@@ -80,6 +85,19 @@ class TorchBackend:
     def free(self, sequence_id: int) -> None:
         """Forgets the sequence's cache, if there is one."""
         self._caches.pop(sequence_id, None)
+
+    def fork(self, parent_id: int, child_id: int) -> None:
+        """Starts a sequence with all tokens of another one, with a copy of its keys and values.
+
+        Raises:
+            ValueError: the parent has no cache, or the child has one.
+        """
+        parent = self._caches.get(parent_id)
+        if parent is None:
+            raise ValueError(f"sequence {parent_id} is not in the cache, so it cannot be forked")
+        if child_id in self._caches:
+            raise ValueError(f"sequence {child_id} is in the cache already; fork to an id that is not")
+        self._caches[child_id] = parent.copy()
 
     def _check(self, step: SequenceStep) -> None:
         cache = self._caches.get(step.sequence_id)

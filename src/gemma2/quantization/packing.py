@@ -13,6 +13,7 @@ from gemma2 import _kernels as kernels
 from gemma2.config import Gemma2Config
 from gemma2.quantization.feedback import Feedback
 from gemma2.quantization.packed_model import PACKED_FORMATS, SECOND_PLANE, packed_shapes
+from gemma2.runtime import make_runtime
 
 ROUNDING_VERSION: Final = 1
 """Is raised when weights are rounded in a better way, so that copies made before are made again."""
@@ -120,7 +121,7 @@ class Packer:
         if weight_format not in PACKED_FORMATS:
             raise ValueError(f"a packed format is one of {', '.join(PACKED_FORMATS)}, but this is {weight_format!r}")
         self.format: Final = weight_format
-        self._runtime = kernels.Runtime(num_threads)
+        self._runtime = make_runtime(num_threads)
 
     def num_bytes(self, num_rows: int, num_inputs: int) -> int:
         """The packed size of so many rows. Rows before a multiple of `TILE` take a whole number of tiles."""

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
+from gemma2.runtime import make_runtime
 from gemma2.sampling.params import SamplingParams
 
 Float32s = npt.NDArray[np.float32]
@@ -27,7 +28,7 @@ TokenIds = npt.NDArray[np.int64]
 @cache
 def one_thread() -> kernels.Runtime:
     """Returns what the kernels run on here: a row is too short to be worth more threads."""
-    return kernels.Runtime(1)
+    return make_runtime(1)
 
 
 def penalize_repetition(logits: Float32s, seen_token_ids: npt.ArrayLike, penalty: float) -> Float32s:

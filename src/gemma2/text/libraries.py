@@ -59,7 +59,7 @@ class TokenizersLibrary:
 
         self._path = path
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_buffer(path.read_bytes())  # by name it opens no path but in UTF-8
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(_why_not_json(path, error)) from None
         model = inner.model

@@ -21,11 +21,12 @@ from torch import Tensor
 from gemma2.data import PackedBatch, ValidationSet
 from gemma2.errors import DataError
 from gemma2.model.modeling import Gemma2ForCausalLM
-from gemma2.training.objectives import Batch, Objective
+from gemma2.training.memory_use import peak_memory_bytes
+from gemma2.training.objectives import Batch, CountUnits, MetricSums, Objective, count_labels
 from gemma2.training.optimizer import learning_rate_at, make_optimizer
 from gemma2.training.run_log import RunLog, plot_losses
-from gemma2.training.run_state import save_run_state
-from gemma2.training.settings import OptimizerSettings, RunSettings
+from gemma2.training.run_state import load_best, save_best, save_run_state
+from gemma2.training.settings import LoopSettings, OptimizerSettings
 
 
 class Loader(Protocol):
@@ -37,10 +38,23 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What is known after some steps."""
+
+    step: int
+    num_steps: int
+    loss: float
+    """Mean since the last report."""
+    tokens_per_second: float
+    memory_bytes: int
+    """The most that the process, or its accelerator, has taken so far."""
+
+
 class Progress(Protocol):
     """Who shows a person how far the run is."""
 
-    def on_step(self, step: int, num_steps: int, loss: float, tokens_per_second: float) -> None: ...
+    def on_step(self, report: StepReport) -> None: ...
     def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None: ...
     def on_checkpoint(self, path: Path) -> None: ...
 
@@ -61,17 +75,21 @@ class ValidationResult:
 
 @torch.no_grad()
 def validate(
-    model: Gemma2ForCausalLM, objective: Objective, validation: ValidationSet, *, device: torch.device
+    model: Gemma2ForCausalLM,
+    objective: Objective,
+    validation: ValidationSet,
+    *,
+    device: torch.device,
+    count_units: CountUnits = count_labels,
 ) -> ValidationResult:
     """Measures the model on a fixed set of batches."""
     model.eval()
-    total = 0.0
+    total, number = 0.0, 0
     for packed in validation.batches:
         total += float(objective(model, Batch.on_device(packed, device)))
+        number += count_units(packed)
     model.train()
-    return ValidationResult(
-        loss=total / validation.num_tokens, bits_per_byte=total / math.log(2) / validation.num_bytes
-    )
+    return ValidationResult(loss=total / number, bits_per_byte=total / math.log(2) / max(1, validation.num_bytes))
 
 
 class Trainer:
@@ -82,11 +100,14 @@ class Trainer:
         objective: what is minimized.
         loader: batches of `run.batch_size` rows.
         validation: what to validate on, or None.
-        run: how long, and what is written when.
+        run: what goes through at once, and what is written when.
+        num_steps: how long the run is.
         optimizer: AdamW and its learning rate.
         folder: where log.jsonl, loss.png and checkpoints/ go.
         progress: is told of each step.
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
+        count_units: what the summed loss of a batch is divided by; left out, its labels.
+        metrics: what the objective reports beside its loss, for the log.
     """
 
     def __init__(
@@ -96,26 +117,45 @@ class Trainer:
         objective: Objective,
         loader: Loader,
         validation: ValidationSet | None,
-        run: RunSettings,
+        run: LoopSettings,
+        num_steps: int,
         optimizer: OptimizerSettings,
         folder: Path,
         progress: Progress,
         fingerprint: dict[str, Any],
+        count_units: CountUnits = count_labels,
+        metrics: MetricSums | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
         self.loader = loader
         self.validation = validation
         self.run_settings = run
+        self.num_steps = num_steps
         self.optimizer_settings = optimizer
         self.optimizer = make_optimizer(model, optimizer)
         self.folder = folder
         self.progress = progress
         self.fingerprint = fingerprint
+        self.count_units = count_units
+        self.metrics = metrics
         self.device = next(model.parameters()).device
         self.step = 0
         self.tokens_seen = 0
         self.seconds = 0.0
+        self.best_loss = math.inf
+        self.validations_since_best = 0
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether validation has not become better for as long as the settings wait."""
+        patience = self.run_settings.early_stopping_patience
+        return patience is not None and self.validations_since_best >= patience
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.num_steps or self.stopped_early
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors, numbers, strings and lists only."""
@@ -123,7 +163,9 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds,
-            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "best_loss": self.best_loss,
+            "validations_since_best": self.validations_since_best,
+            "model": self._trained(),
             "optimizer": self.optimizer.state_dict(),
             "loader": _to_tensors(self.loader.state_dict()),
             "fingerprint": self.fingerprint,
@@ -131,17 +173,26 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken."""
-        with torch.no_grad():
-            parameters = dict(self.model.named_parameters())
-            assert parameters.keys() == state["model"].keys()
-            for name, value in state["model"].items():
-                parameters[name].copy_(value)
+        self._restore(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loader.load_state_dict(_from_tensors(state["loader"]))
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
+        self.best_loss, self.validations_since_best = state["best_loss"], state["validations_since_best"]
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def _restore(self, values: dict[str, Tensor]) -> None:
+        trained = self._trained()
+        assert trained.keys() == values.keys()
+        for name, value in values.items():
+            trained[name].copy_(value)
 
     def train(self, *, should_stop: Callable[[], bool] = lambda: False) -> ValidationResult | None:
-        """Runs until `run.num_steps`, and returns the last validation.
+        """Runs until `num_steps`, or until validation becomes no better, and returns the last validation.
+
+        With `keep_best` the model then holds the weights of the best validation.
 
         Args:
             should_stop: asked after each step; if it says so, a checkpoint is written and the run ends early.
@@ -149,57 +200,84 @@ class Trainer:
         Raises:
             DataError: the loss is no longer a finite number, or the data ends early.
         """
-        run = self.run_settings
-        log = RunLog(self.folder / "log.jsonl", last_step=self.step)
+        run, checkpoints = self.run_settings, self.folder / "checkpoints"
+        log = RunLog(
+            self.folder / "log.jsonl",
+            last_step=self.step,
+            tensorboard=self.folder / "tensorboard" if run.tensorboard else None,
+        )
         self.model.train()
         result: ValidationResult | None = None
         self._began, self._seconds_before = time.monotonic(), self.seconds
         since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
-        while self.step < run.num_steps:
+        while not self.is_done:
             loss, num_tokens, grad_norm, rate = self._one_step()
             since_log_losses.append(loss)
             since_log_tokens += num_tokens
-            is_last = self.step == run.num_steps
+            is_last = self.step == self.num_steps
             stopping = should_stop()
             if self.step % run.log_every == 0 or is_last or stopping:
                 elapsed = time.monotonic() - since_log_time
-                mean_loss = sum(since_log_losses) / len(since_log_losses)
-                speed = since_log_tokens / max(elapsed, 1e-9)
+                report = StepReport(
+                    step=self.step,
+                    num_steps=self.num_steps,
+                    loss=sum(since_log_losses) / len(since_log_losses),
+                    tokens_per_second=since_log_tokens / max(elapsed, 1e-9),
+                    memory_bytes=peak_memory_bytes(self.device),
+                )
                 log.write(
                     event="step",
                     step=self.step,
                     tokens=self.tokens_seen,
-                    loss=round(mean_loss, 5),
+                    loss=round(report.loss, 5),
                     learning_rate=rate,
                     grad_norm=round(grad_norm, 4),
-                    tokens_per_second=round(speed, 1),
+                    tokens_per_second=round(report.tokens_per_second, 1),
+                    memory_bytes=report.memory_bytes,
                     seconds=round(self._total_seconds(), 1),
+                    **self._taken_metrics(),
                 )
-                self.progress.on_step(self.step, run.num_steps, mean_loss, speed)
+                self.progress.on_step(report)
                 since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
             if self.validation is not None and (self.step % run.validate_every == 0 or is_last):
-                result = validate(self.model, self.objective, self.validation, device=self.device)
-                log.write(
-                    event="validation",
-                    step=self.step,
-                    tokens=self.tokens_seen,
-                    loss=round(result.loss, 5),
-                    perplexity=round(result.perplexity, 3),
-                    bits_per_byte=round(result.bits_per_byte, 5),
-                )
-                self.progress.on_validation(self.step, result.loss, result.bits_per_byte)
+                result = self._validate(self.validation, log)
                 since_log_time = time.monotonic()
-            if self.step % run.checkpoint_every == 0 or is_last or stopping:
+            if self.step % run.checkpoint_every == 0 or is_last or stopping or self.stopped_early:
                 self.seconds = self._total_seconds()
-                path = save_run_state(
-                    self.folder / "checkpoints", self.step, self.state_dict(), to_keep=run.checkpoints_to_keep
-                )
+                path = save_run_state(checkpoints, self.step, self.state_dict(), to_keep=run.checkpoints_to_keep)
                 plot_losses(log.entries, self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
                 self.progress.on_checkpoint(path)
             if stopping:
                 break
         self.seconds = self._total_seconds()
+        log.close()
+        if run.keep_best and self.is_done and self.best_loss < math.inf:
+            self._restore(load_best(checkpoints)["model"])
         return result
+
+    def _validate(self, validation: ValidationSet, log: RunLog) -> ValidationResult:
+        """Measures, and keeps the weights if they are the best so far and that is wanted."""
+        self._taken_metrics()  # of training steps since the last line of the log
+        result = validate(self.model, self.objective, validation, device=self.device, count_units=self.count_units)
+        log.write(
+            event="validation",
+            step=self.step,
+            tokens=self.tokens_seen,
+            loss=round(result.loss, 5),
+            perplexity=round(result.perplexity, 3),
+            bits_per_byte=round(result.bits_per_byte, 5),
+            **self._taken_metrics(),
+        )
+        self.progress.on_validation(self.step, result.loss, result.bits_per_byte)
+        self.validations_since_best += 1
+        if result.loss < self.best_loss:
+            self.best_loss, self.validations_since_best = result.loss, 0
+            if self.run_settings.keep_best:
+                save_best(self.folder / "checkpoints", {"step": self.step, "model": self._trained()})
+        return result
+
+    def _taken_metrics(self) -> dict[str, float]:
+        return {} if self.metrics is None else {name: round(value, 5) for name, value in self.metrics.take().items()}
 
     def _total_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
@@ -210,18 +288,20 @@ class Trainer:
             packed = next(self.loader)
         except StopIteration:
             raise DataError(
-                f"the data ended at step {self.step} of {self.run_settings.num_steps}; give more data or fewer steps"
+                f"the data ended at step {self.step} of {self.num_steps}; give more data or fewer steps"
             ) from None
         batch = Batch.on_device(packed, self.device)
-        num_tokens = max(1, packed.num_tokens)
+        num_tokens = packed.num_tokens
+        divisor = max(1, self.count_units(packed))
         num_rows = batch.input_ids.shape[0]
         micro = self.run_settings.micro_batch_size or num_rows
         total = torch.zeros((), device=self.device)
+        torch.manual_seed(_step_seed(self.run_settings.seed, self.step))  # of dropout: a resumed run draws the same
         for first in range(0, num_rows, micro):
             loss_sum = self.objective(self.model, batch.rows(first, first + micro))
-            (loss_sum / num_tokens).backward()  # type: ignore[no-untyped-call]
+            (loss_sum / divisor).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
-        loss = float(total) / num_tokens
+        loss = float(total) / divisor
         if not math.isfinite(loss):
             raise DataError(
                 f"the loss became {loss} at step {self.step}: lower learning_rate, or look at the data; "
@@ -235,7 +315,7 @@ class Trainer:
                 f"the gradient's norm became {float(grad_norm)} at step {self.step}: lower learning_rate, or "
                 f"look at the data; the last checkpoint is in {self.folder / 'checkpoints'}"
             )
-        rate = learning_rate_at(self.step, self.run_settings.num_steps, self.optimizer_settings)
+        rate = learning_rate_at(self.step, self.num_steps, self.optimizer_settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -243,6 +323,10 @@ class Trainer:
         self.step += 1
         self.tokens_seen += num_tokens
         return loss, num_tokens, float(grad_norm), rate
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % 2**63
 
 
 def _to_tensors(state: dict[str, Any]) -> dict[str, Any]:

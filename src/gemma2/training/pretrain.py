@@ -12,11 +12,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from filelock import FileLock, Timeout
 
 from gemma2.checkpoints import TOKENIZER_FILES, save_checkpoint
 from gemma2.config import Gemma2Config
@@ -28,26 +25,11 @@ from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.text import Tokenizer, train_tokenizer
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import next_token_objective
-from gemma2.training.run_state import list_run_states, load_run_state
+from gemma2.training.run_folder import RunFolder
 from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
 
 SAMPLE_PIECE_CHARACTERS = 20_000
 """A tokenizer's sample is drawn in pieces of a few pages, so that every book can be in it."""
-
-_FREE_TO_CHANGE = {
-    "output": None,
-    "run": (
-        "log_every",
-        "validate_every",
-        "checkpoint_every",
-        "checkpoints_to_keep",
-        "save_dtype",
-        "num_threads",
-        "device",
-    ),
-}
-"""Settings that a resumed run need not share. Another device or number of threads changes how sums are rounded, so the
-weights are then not the very same ones."""
 
 
 def pretrain(
@@ -71,15 +53,9 @@ def pretrain(
         CheckpointError: a checkpoint cannot be read or written.
     """
     device = check_settings(settings).device
-    output = settings.output
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{output} is in use by another run; wait for it, or give another output folder") from None
-    with lock:
-        return _pretrain(settings, device, progress=progress, say=say, should_stop=should_stop)
+    folder = RunFolder(settings.output, settings)
+    with folder.locked():
+        return _pretrain(settings, folder, device, progress=progress, say=say, should_stop=should_stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,14 +97,13 @@ def check_settings(settings: PretrainSettings) -> PretrainPlan:
         raise ConfigError(
             "run.compile needs a C++ compiler, and none is found; install g++, or set run.compile to false"
         )
-    states = list_run_states(settings.output / "checkpoints")
-    if states:
-        _refuse_other_settings(settings.output, load_run_state(states[-1])["fingerprint"], _fingerprint(settings))
+    RunFolder(settings.output, settings).last_state()
     return PretrainPlan(files=files, device=device, config=config)
 
 
 def _pretrain(
     settings: PretrainSettings,
+    folder: RunFolder,
     device: torch.device,
     *,
     progress: Progress,
@@ -139,15 +114,15 @@ def _pretrain(
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     output = settings.output
-    states = list_run_states(output / "checkpoints")
+    state = folder.last_state()
     files = expand_files(settings.data.train)
-    if not states:  # what a run left that was stopped before its first checkpoint
+    if state is None:  # what a run left that was stopped before its first checkpoint
         shutil.rmtree(output / "tokenizer", ignore_errors=True)
     tokenizer_folder = _tokenizer(settings.tokenizer, settings.data, files, output / "tokenizer", run.seed, say)
     tokenizer = Tokenizer.from_folder(tokenizer_folder)
     config = settings.gemma2_config(tokenizer.vocab_size)
     tokenizer.check_fits(config)
-    _write_settings(settings, output / "settings.yaml")
+    folder.write_settings()
     special_ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
 
     def encode(text: str) -> list[int]:
@@ -194,61 +169,31 @@ def _pretrain(
             loader=loader,
             validation=validation,
             run=run,
+            num_steps=run.num_steps,
             optimizer=settings.optimizer,
             folder=output,
             progress=progress,
-            fingerprint=_fingerprint(settings),
+            fingerprint=folder.fingerprint,
         )
-        if states:
-            state = load_run_state(states[-1])
-            trainer.load_state_dict(state)
-            say(f"resumed from {states[-1].name}: step {trainer.step}, {trainer.tokens_seen:,} tokens seen")
+        if state is not None:
+            name, values = state
+            trainer.load_state_dict(values)
+            say(f"resumed from {name}: step {trainer.step}, {trainer.tokens_seen:,} tokens seen")
         result = trainer.train(should_stop=should_stop)
-    if trainer.step < run.num_steps:
+    if not trainer.is_done:
         return None
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
-    folder = output / "model"
+    saved = output / "model"
     save_checkpoint(
-        folder,
+        saved,
         config,
         state_arrays(model),
         dtype=run.save_dtype,
         tokenizer_files=[path for name in TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()],
         overwrite=True,
     )
-    return folder
-
-
-def _write_settings(settings: PretrainSettings, path: Path) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    beside.replace(path)
-
-
-def _fingerprint(settings: PretrainSettings) -> dict[str, Any]:
-    values = settings.model_dump(mode="json")
-    for section, names in _FREE_TO_CHANGE.items():
-        if names is None:
-            del values[section]
-        else:
-            for name in names:
-                del values[section][name]
-    return values
-
-
-def _refuse_other_settings(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    differences = [
-        f"{section}.{name}: {before.get(section, {}).get(name)!r} then, {now[section].get(name)!r} now"
-        for section in now
-        for name in sorted({*now[section], *before.get(section, {})})
-        if before.get(section, {}).get(name) != now[section].get(name)
-    ]
-    if differences:
-        raise ConfigError(
-            f"{output} holds a run with other settings ({'; '.join(differences)}); "
-            f"put them back to resume it, or give another output folder"
-        )
+    return saved
 
 
 def _tokenizer(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from gemma2.errors import MissingDependencyError
 
 
 class RunLog:
@@ -15,10 +18,15 @@ class RunLog:
         path: the file.
         last_step: a resumed run gives the step it resumes from; later lines of the killed run are dropped, since
             those steps are done again.
+        tensorboard: a folder to write the same numbers to, for TensorBoard; None for none.
+
+    Raises:
+        MissingDependencyError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
+    def __init__(self, path: Path, *, last_step: int, tensorboard: Path | None = None) -> None:
         self.path = path
+        self._tensorboard = None if tensorboard is None else _tensorboard_writer(tensorboard, last_step + 1)
         self.entries: list[dict[str, Any]] = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -39,6 +47,25 @@ class RunLog:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if name not in ("event", "step") and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(f"{values['event']}/{name}", value, values["step"])
+
+    def close(self) -> None:
+        """Writes out what TensorBoard has not been given yet."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _tensorboard_writer(folder: Path, first_step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise MissingDependencyError(
+            "run.tensorboard needs tensorboard, which is not installed; install it with: pip install tensorboard"
+        )
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:

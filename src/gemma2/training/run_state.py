@@ -16,6 +16,7 @@ import torch
 from gemma2.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8})\.pt")
+_BEST = "best.pt"
 
 
 def save_run_state(folder: Path, step: int, state: dict[str, Any], *, to_keep: int) -> Path:
@@ -24,24 +25,38 @@ def save_run_state(folder: Path, step: int, state: dict[str, Any], *, to_keep: i
     Raises:
         CheckpointError: the disk is full or not writable; checkpoints that were there are left alone.
     """
-    path = folder / f"step-{step:08d}.pt"
+    path = _write(folder / f"step-{step:08d}.pt", state)
+    for old in list_run_states(folder)[:-to_keep]:
+        old.unlink()
+    return path
+
+
+def save_best(folder: Path, state: dict[str, Any]) -> Path:
+    """Writes the weights of the best validation so far over those of the one before; raises as `save_run_state`."""
+    return _write(folder / _BEST, state)
+
+
+def load_best(folder: Path) -> dict[str, Any]:
+    """Reads what `save_best` wrote; raises as `load_run_state`."""
+    return load_run_state(folder / _BEST)
+
+
+def _write(path: Path, state: dict[str, Any]) -> Path:
     beside = path.with_suffix(".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        for left_over in folder.glob("step-*.partial"):  # of a run that was killed while it wrote
+        for left_over in path.parent.glob("*.partial"):  # of a run that was killed while it wrote
             left_over.unlink()
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         beside.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written ({error}); free some space and resume"
         ) from error
-    for old in list_run_states(folder)[:-to_keep]:
-        old.unlink()
     return path
 
 

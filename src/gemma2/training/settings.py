@@ -1,4 +1,4 @@
-"""The settings file of `gemma2 pretrain`: one YAML file, every mistake reported at once.
+"""What all training has for settings, and the settings file of `gemma2 pretrain`.
 
 Fields of `model` are those of `Gemma2Config`. Numbers of tokens count labels, the tokens that are learned from.
 """
@@ -8,18 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gemma2.config import Gemma2Config
 from gemma2.errors import ConfigError, nearest_name
+from gemma2.training.settings_file import Section, read_settings
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TokenizerSettings(_Section):
+class TokenizerSettings(Section):
     """A tokenizer to train, or the folder of one that exists."""
 
     folder: Path | None = None
@@ -35,7 +31,7 @@ class TokenizerSettings(_Section):
     """How much text the tokenizer is trained on, drawn from all of the data."""
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """What is read: text or JSONL files, plain or .xz, .gz, .zst; names, globs or folders."""
 
     train: list[str] = Field(min_length=1)
@@ -49,7 +45,7 @@ class DataSettings(_Section):
     validation_max_tokens: int | None = Field(default=200_000, ge=1)
 
 
-class OptimizerSettings(_Section):
+class OptimizerSettings(Section):
     """AdamW with linear warm-up and cosine decay; weight decay on matrices only."""
 
     learning_rate: float = Field(gt=0)
@@ -61,17 +57,17 @@ class OptimizerSettings(_Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
 
 
-class RunSettings(_Section):
-    """How long, how much at a time, and what is written when."""
+class LoopSettings(Section):
+    """How the loop goes: how much at a time, in what, and what is written when."""
 
-    num_steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
-    """Rows of one optimizer step."""
+    """Rows of one optimizer step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows of one forward pass; gradients of `batch_size` rows are summed up. Left out: all at once."""
-    sequence_length: int = Field(ge=2)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products. Weights, optimizer and the residual stream are float32 in any case."""
+    """Of matrix products. Weights that are trained and the optimizer are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Whether each layer keeps only its input and is computed again in the backward pass: less memory, more time."""
     compile: bool = False
     """Whether torch.compile fuses the loss over the vocabulary; needs a C++ compiler on the CPU."""
     device: str = "auto"
@@ -81,11 +77,17 @@ class RunSettings(_Section):
     validate_every: int = Field(default=250, ge=1)
     checkpoint_every: int = Field(default=250, ge=1)
     checkpoints_to_keep: int = Field(default=2, ge=1)
+    keep_best: bool = False
+    """Whether what is written at the end is the state with the lowest validation loss, not the last one."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stops after so many validations in a row without a new lowest loss."""
+    tensorboard: bool = False
+    """Whether the log is also written for TensorBoard, into the folder tensorboard."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the model folder that is written at the end."""
 
     @model_validator(mode="after")
-    def _whole_micro_batches(self) -> RunSettings:
+    def _whole_micro_batches(self) -> LoopSettings:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size must be a multiple of micro_batch_size, but they are "
@@ -94,7 +96,14 @@ class RunSettings(_Section):
         return self
 
 
-class PretrainSettings(_Section):
+class RunSettings(LoopSettings):
+    """A run of so many steps over rows of one length."""
+
+    num_steps: int = Field(ge=1)
+    sequence_length: int = Field(ge=2)
+
+
+class PretrainSettings(Section):
     """All of a pretraining run."""
 
     output: Path
@@ -113,22 +122,7 @@ class PretrainSettings(_Section):
     @field_validator("model")
     @classmethod
     def _known_model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = {name: _number(value) for name, value in values.items()}
-        known = [name for name in Gemma2Config.__dataclass_fields__ if name != "vocab_size"]
-        problems = [
-            f"there is no field {name!r}.{nearest_name(name, known)}"
-            if name != "vocab_size"
-            else "vocab_size is the tokenizer's; set it under tokenizer"
-            for name in values
-            if name not in known
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        try:
-            Gemma2Config.from_dict(values, source="model")
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return values
+        return checked_model_fields(values)
 
     def gemma2_config(self, vocab_size: int) -> Gemma2Config:
         """The architecture, with the vocabulary of the tokenizer."""
@@ -136,51 +130,32 @@ class PretrainSettings(_Section):
 
 
 def load_pretrain_settings(path: str | Path, overrides: list[str] | None = None) -> PretrainSettings:
-    """Reads a settings file.
+    """Reads the settings file of `gemma2 pretrain`; see `read_settings`."""
+    return read_settings(PretrainSettings, path, overrides or [])
 
-    Args:
-        path: the YAML file. Paths in it are relative to the folder that the program runs in.
-        overrides: "section.key=value" each, as on the command line; values are read as YAML.
+
+def checked_model_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Checks the fields of an architecture, without its vocabulary, and makes numbers of what YAML left as text.
 
     Raises:
-        ConfigError: the file is missing or is not YAML, or settings are unknown, missing or out of range; all of
-            them are listed.
+        ValueError: a field is unknown, missing or out of range.
     """
-    path = Path(path)
+    values = {name: _number(value) for name, value in values.items()}
+    known = [name for name in Gemma2Config.__dataclass_fields__ if name != "vocab_size"]
+    problems = [
+        f"there is no field {name!r}.{nearest_name(name, known)}"
+        if name != "vocab_size"
+        else "vocab_size is the tokenizer's; set it under tokenizer"
+        for name in values
+        if name not in known
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such settings file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold settings (key: value), but holds {type(values).__name__}")
-    for override in overrides or []:
-        _apply_override(values, override)
-    try:
-        return PretrainSettings.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
-        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        raise ConfigError(f"{path}: {count}: " + " | ".join(problems)) from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set needs section.key=value, but came {override!r}")
-    *sections, last = key.split(".")
-    target = values
-    for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {section!r} is a value and has no keys")
-    try:
-        target[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        Gemma2Config.from_dict(values, source="model")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return values
 
 
 def _number(value: Any) -> Any:
@@ -191,19 +166,3 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _describe(problem: Any) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        section: type[BaseModel] = PretrainSettings
-        for part in problem["loc"][:-1]:
-            annotation = section.model_fields[str(part)].annotation
-            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            section = annotation
-        return f"{location}: there is no such setting.{nearest_name(str(problem['loc'][-1]), section.model_fields)}"
-    if problem["type"] == "missing":
-        return f"{location}: is needed, but is not there"
-    if problem["type"] == "value_error":
-        return f"{location}: {problem['ctx']['error']}"
-    return f"{location}: {problem['msg']}, but is {problem['input']!r}"

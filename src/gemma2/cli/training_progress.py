@@ -1,0 +1,171 @@
+"""What a person sees of a training run: a bar, lines for validations, and Ctrl-C that first writes a checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma2.cli.terminal import format_bytes
+from gemma2.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gemma2.data import TokenizingProgress
+    from gemma2.training.loop import StepReport
+
+
+def require_libraries(*names: str) -> None:
+    """Refuses to begin without the libraries of training.
+
+    Raises:
+        MissingDependencyError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(
+                f"training needs {name}, which is not installed; install it with: pip install 'gemma2[train]'"
+            )
+
+
+def make_training_console() -> Console:
+    """Where a run's lines go: standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stop_requests(console: Console) -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second stops at once.
+
+    Gives a function that says whether to stop.
+    """
+    requests: list[int] = []
+
+    def on_interrupt(signal_number: int, _frame: object) -> None:
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(signal_number)
+        console.print("stopping after this step, with a checkpoint (Ctrl-C again: at once)", style="yellow")
+
+    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requests)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class TrainingBar:
+    """A bar with step, loss, tokens per second and time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = console
+        self._task: int | None = None
+        self._started: tuple[float, int] | None = None
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[speed]:,.0f} tok/s"),
+            TimeElapsedColumn(),
+            TextColumn("left {task.fields[left]}"),
+            TextColumn("{task.fields[memory]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> TrainingBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, report: StepReport) -> None:
+        """Moves the bar; time left counts validation and checkpoints too, as it is measured over the whole run."""
+        import time
+
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (now, report.step)
+        first_time, first_step = self._started
+        rate = (report.step - first_step) / (now - first_time) if report.step > first_step else 0.0
+        left = _duration((report.num_steps - report.step) / rate) if rate else "?"
+        memory, speed = format_bytes(report.memory_bytes), report.tokens_per_second
+        if self._task is None:
+            self._task = self._bar.add_task(
+                "", total=report.num_steps, loss=report.loss, speed=speed, left=left, memory=memory
+            )
+        self._bar.update(
+            self._task,  # type: ignore[arg-type]
+            completed=report.step,
+            loss=report.loss,
+            speed=speed,
+            left=left,
+            memory=memory,
+        )
+        if not self._console.is_terminal:
+            self._console.print(
+                f"step {report.step}/{report.num_steps}  loss {report.loss:.4f}  {speed:,.0f} tok/s  left {left}  "
+                f"{memory}",
+                highlight=False,
+            )
+
+    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """Prints a line above the bar."""
+        self._console.print(
+            f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
+            highlight=False,
+        )
+
+    def on_checkpoint(self, path: Path) -> None:
+        """Checkpoints are silent: they come often and the folder shows them."""
+
+
+class TokenizingBar:
+    """A bar for each set of examples, gone when it is done; nothing where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._tasks: dict[str, int] = {}
+        self._bar = Progress(
+            TextColumn("tokenizing {task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%"),
+            TextColumn("{task.fields[speed]:,.0f} tok/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> TokenizingBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_progress(self, name: str, progress: TokenizingProgress) -> None:
+        """Moves the bar of `name`."""
+        speed = progress.tokens_per_second
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=1.0, speed=speed)
+        self._bar.update(self._tasks[name], completed=progress.fraction, speed=speed)  # type: ignore[arg-type]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

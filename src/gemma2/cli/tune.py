@@ -1,0 +1,138 @@
+"""`gemma2 tune SETTINGS.yaml`: fine-tunes a model on examples."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gemma2.cli.terminal import format_bytes
+from gemma2.cli.training_progress import (
+    TokenizingBar,
+    TrainingBar,
+    make_training_console,
+    require_libraries,
+    stop_requests,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gemma2.training.tune import TunePlan
+    from gemma2.training.tune_settings import TuneSettings
+
+_EXAMPLES: Final = """
+The smallest file of settings, which tunes an adapter for the bundled model:
+
+  output: runs/mine
+  adapter: {r: 16}
+  data: {train: [mine.jsonl]}
+  run: {num_epochs: 3, sequence_length: 256}
+
+Examples may be JSON lines (.xz, .gz, .zst too), JSON, Parquet, or datasets of the Hub (hf:owner/name), in the forms
+messages, prompt/completion, question/answer, text, ShareGPT, Alpaca and preference pairs. --dry-run shows one with the
+tokens that are trained.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the verb's arguments."""
+    parser.description = (
+        "Fine-tunes a model on examples: every weight, or a LoRA adapter on frozen weights, which may be quantized.\n"
+        "Called again with the same settings, it goes on from the last checkpoint. Ctrl-C writes one and stops."
+    )
+    parser.epilog = _EXAMPLES
+    parser.add_argument("settings", type=Path, metavar="SETTINGS.yaml", help="see examples/tune-*.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change one setting, as in --set run.num_epochs=3; may be given several times",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check settings and data, show an example and the plan, and stop"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb."""
+    require_libraries("torch", "pydantic", "yaml", "matplotlib")
+    from gemma2.cli.source import find_folder
+    from gemma2.training.tune import check_settings, tune
+    from gemma2.training.tune_settings import load_tune_settings
+
+    settings = load_tune_settings(args.settings, args.set)
+    name = settings.model.name
+    base_folder = find_folder(None if name == "bundled" else name)
+    console = make_training_console()
+    with TokenizingBar(console) as bar:
+        plan = check_settings(settings, base_folder, on_tokenizing=bar.on_progress)
+    if args.dry_run:
+        _print_plan(settings, plan, console)
+        return 0
+    with stop_requests(console) as should_stop, TrainingBar(console) as progress:
+        folder = tune(
+            settings,
+            plan,
+            progress=progress,
+            say=lambda line: console.print(line, highlight=False),
+            should_stop=should_stop,
+        )
+    if folder is None:
+        console.print("stopped; the same command goes on from here", highlight=False)
+        return 130
+    base = "" if settings.adapter is None or name == "bundled" else f" --model {name}"
+    option = f"--model {folder}" if settings.adapter is None else f"{base.strip()} --adapter {folder}".strip()
+    console.print(f"wrote {folder}\ntry: gemma2 chat {option}", highlight=False)
+    return 0
+
+
+def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console) -> None:
+    from rich.text import Text
+
+    from gemma2.data import EncodedPair, render_example
+    from gemma2.memory import adapter_training, full_training
+    from gemma2.training.tune import describe_examples
+
+    for choice in plan.train.choices:
+        console.print(str(choice), highlight=False)
+    console.print(describe_examples("training", plan.train), highlight=False)
+    if plan.validation is not None:
+        console.print(describe_examples("validation", plan.validation), highlight=False)
+    run, length = settings.run, plan.train.sequence_length
+    console.print(
+        f"run: {plan.num_steps:,} steps of {run.batch_size} × {length} tokens, on {plan.device}",
+        highlight=False,
+    )
+    config = plan.checkpoint.config
+    rows = {"batch_size": run.micro_batch_size or run.batch_size, "length": length}
+    if settings.adapter is None:
+        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing)
+    else:
+        memory = adapter_training(
+            config,
+            rank=settings.adapter.r,
+            modules=settings.adapter.modules,
+            weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}[settings.model.quantization],
+            **rows,
+            checkpointing=run.gradient_checkpointing,
+        )
+    console.print(f"memory: about {format_bytes(memory.total)}; output: {settings.output}\n", highlight=False)
+    encoded = plan.train.encoded(0)
+    parts = (
+        [("chosen", encoded.chosen), ("rejected", encoded.rejected)]
+        if isinstance(encoded, EncodedPair)
+        else [("", encoded)]
+    )
+    for name, example in parts:
+        what = f"the first example{', ' + name if name else ''} ({plan.train.where(0)}); "
+        console.print(what + "what is trained is in green, or between ⟦ and ⟧ where there are no colours:")
+        text = Text()
+        for span in render_example(plan.tokenizer, example):
+            if span.is_trained:
+                text.append(span.text if console.is_terminal else f"⟦{span.text}⟧", style="green")
+            else:
+                text.append(span.text, style="dim")
+        console.print(text)
+        console.print()

@@ -1,0 +1,102 @@
+"""The folder of a training run: who is at work in it, with which settings, and where a resumed run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from filelock import FileLock, Timeout
+
+from gemma2.errors import ConfigError
+from gemma2.training.run_state import list_run_states, load_run_state
+from gemma2.training.settings_file import Section, differences
+
+FREE_TO_CHANGE: Final[Mapping[str, tuple[str, ...] | None]] = {
+    "output": None,
+    "run": (
+        "log_every",
+        "validate_every",
+        "checkpoint_every",
+        "checkpoints_to_keep",
+        "early_stopping_patience",
+        "keep_best",
+        "tensorboard",
+        "save_dtype",
+        "num_threads",
+        "device",
+    ),
+}
+"""Settings that a resumed run need not share. Another device or number of threads changes how sums are rounded, so the
+weights are then not the very same ones."""
+
+
+class RunFolder:
+    """A run's folder.
+
+    Args:
+        path: the folder; it need not exist.
+        settings: of the run that is to begin or go on.
+    """
+
+    def __init__(self, path: Path, settings: Section) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._settings = settings
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that a resumed run must share."""
+        values = self._settings.model_dump(mode="json")
+        for section, names in FREE_TO_CHANGE.items():
+            if names is None:
+                values.pop(section, None)
+            else:
+                for name in names:
+                    values.get(section, {}).pop(name, None)
+        return values
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it.
+
+        Raises:
+            ConfigError: another run is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{self.path} is in use by another run; wait for it, or give another output folder"
+            ) from None
+        with lock:
+            yield
+
+    def last_state(self) -> tuple[str, dict[str, Any]] | None:
+        """Returns name and contents of the newest checkpoint, or None if there is none.
+
+        Raises:
+            ConfigError: it is of a run with other settings.
+            CheckpointError: it cannot be read.
+        """
+        states = list_run_states(self.checkpoints)
+        if not states:
+            return None
+        state = load_run_state(states[-1])
+        if changed := differences(state["fingerprint"], self.fingerprint):
+            raise ConfigError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}); "
+                f"put them back to resume it, or give another output folder"
+            )
+        return states[-1].name, state
+
+    def write_settings(self) -> None:
+        """Writes all settings, defaults too, to settings.yaml."""
+        path = self.path / "settings.yaml"
+        beside = path.with_name(path.name + ".partial")
+        beside.write_text(yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        beside.replace(path)

@@ -1,0 +1,341 @@
+"""`gemma2 tune`: examples to an adapter or a model that other programs read; stopped, resumed, kept at its best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_run import KilledError, Silent
+
+import gemma2
+from gemma2.api import BUNDLED_FOLDER
+from gemma2.checkpoints import open_adapter, open_checkpoint, save_checkpoint
+from gemma2.checkpoints.merging import averaged_tensors, folded_tensors
+from gemma2.config import Gemma2Config
+from gemma2.errors import CheckpointError, ConfigError, DataError
+from gemma2.model.loading import state_arrays
+from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.tune import check_settings, tune
+from gemma2.training.tune_settings import TuneSettings, load_tune_settings
+
+pytest.importorskip("peft")
+
+CONFIG = Gemma2Config(
+    vocab_size=8192,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    query_pre_attn_scalar=16,
+    sliding_window=16,
+    max_position_embeddings=64,
+)
+IDS = [2, 105, 700, 900, 1200, 77, 3000, 12, 5, 4000, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random model with the bundled tokenizer."""
+    model = Gemma2ForCausalLM(CONFIG)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.15, generator=generator)
+    folder = tmp_path_factory.mktemp("base")
+    files = [BUNDLED_FOLDER / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    yield save_checkpoint(folder, CONFIG, state_arrays(model), tokenizer_files=files)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"How much is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(24)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [
+        {"prompt": f"How much is {i} and {i}?", "chosen": f"It is {2 * i}.", "rejected": "I do not know."}
+        for i in range(16)
+    ]
+    other = [{"question": "Who are you?", "answer": f"Call me {name}, if you must."} for name in ("Ishmael", "Emma")]
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+def settings_of(tmp_path: Path, examples: Path, name: str = "run", **changes: Any) -> TuneSettings:
+    values: dict[str, Any] = {
+        "output": str(tmp_path / name),
+        "adapter": {"r": 4},
+        "data": {"train": [str(examples / "sums.jsonl")]},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+        "run": {
+            "num_steps": 6,
+            "batch_size": 4,
+            "dtype": "float32",
+            "num_threads": 1,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "save_dtype": "float32",
+        },
+    }
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}
+        elif value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_tune_settings(path)
+
+
+def run(settings: TuneSettings, base: Path, progress: Silent | None = None, **kwargs: Any) -> Path | None:
+    plan = check_settings(settings, base)
+    return tune(settings, plan, progress=progress or Silent(), say=lambda line: None, **kwargs)
+
+
+def logits(base: Path, adapter: Path | None = None, **options: Any) -> np.ndarray:
+    return gemma2.load(base, adapter=adapter, weights="float32", **options).logits(IDS)
+
+
+def peft_logits(base: Path, adapter: Path) -> np.ndarray:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    with torch.no_grad():
+        return adapted(torch.tensor([IDS])).logits[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+        {"use_dora": True, "target_modules": ["k_proj", "gate_proj", "o_proj"]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "use_rslora": True},
+        {"layers_to_transform": [1], "lora_dropout": 0.2, "init_lora_weights": "gaussian"},
+    ],
+    ids=["lora", "rslora", "dora", "pissa", "olora", "some layers"],
+)
+def test_an_adapter_means_the_same_in_peft_and_here(
+    tmp_path: Path, base: Path, data: Path, variant: dict[str, Any]
+) -> None:
+    progress = Silent()
+    folder = run(settings_of(tmp_path, data, adapter={"r": 4, **variant}), base, progress)
+    assert folder == tmp_path / "run" / "adapter"
+    assert progress.losses[-1] < progress.losses[0]
+    expected = peft_logits(base, folder)
+    assert np.abs(expected - logits(base)).max() > 0.05, "the adapter must do something"
+    np.testing.assert_allclose(logits(base, folder), expected, atol=2e-4)
+    np.testing.assert_allclose(logits(base, folder, backend="torch"), expected, atol=2e-4)
+    merged = tmp_path / "merged"
+    checkpoint = open_checkpoint(base)
+    save_checkpoint(
+        merged,
+        CONFIG,
+        folded_tensors(checkpoint, [open_adapter(folder, CONFIG)]),
+        dtype="float32",
+        tokenizer_files=checkpoint.tokenizer_files,
+    )
+    np.testing.assert_allclose(logits(merged), expected, atol=2e-4)
+
+
+def test_the_engine_runs_an_adapter_on_quantized_weights(tmp_path: Path, base: Path, data: Path) -> None:
+    folder = run(settings_of(tmp_path, data, run={"num_steps": 20}), base)
+    exact, plain = logits(base, folder), logits(base)
+    for weights, tolerance in (("bfloat16", 0.05), ("q8", 0.05), ("q4", 0.4)):
+        llm = gemma2.load(base, adapter=folder, weights=weights)
+        error = np.sqrt(np.mean((llm.logits(IDS) - exact) ** 2))
+        change = np.sqrt(np.mean((plain - exact) ** 2))
+        assert error < tolerance * change, (weights, error, change)
+
+
+def test_every_weight_is_tuned_without_an_adapter(tmp_path: Path, base: Path, data: Path) -> None:
+    progress = Silent()
+    folder = run(settings_of(tmp_path, data, adapter=None, run={"num_steps": 30}), base, progress)
+    assert folder == tmp_path / "run" / "model"
+    assert progress.losses[-1] < 0.2 * progress.losses[0]
+    llm = gemma2.load(folder)
+    answer = llm.chat([{"role": "user", "content": "How much is 7 and 7?"}], max_tokens=20, temperature=0)
+    assert answer.finish_reason == "stop", "it must learn to end its turn"
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 107]
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 5])
+def test_a_run_that_dies_ends_with_the_same_adapter(tmp_path: Path, base: Path, data: Path, die_at: int) -> None:
+    adapter = {"r": 4, "lora_dropout": 0.3}
+    whole = run(settings_of(tmp_path, data, "whole", adapter=adapter), base)
+    settings = settings_of(tmp_path, data, "broken", adapter=adapter)
+    with pytest.raises(KilledError):
+        run(settings, base, Silent(die_at))
+    resumed = run(settings, base)
+    assert whole is not None and resumed is not None
+    name = "adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_preferences_are_learned(tmp_path: Path, base: Path, data: Path) -> None:
+    for name, adapter in (("adapter", {"r": 4}), ("full", None)):
+        settings = settings_of(
+            tmp_path,
+            data,
+            name,
+            adapter=adapter,
+            data={"train": [str(data / "pairs.jsonl")], "validation": [str(data / "pairs.jsonl")]},
+            objective={"kind": "dpo"},
+            run={"num_steps": 8, "validate_every": 4},
+            optimizer={"learning_rate": 3e-3},
+        )
+        progress = Silent()
+        run(settings, base, progress)
+        assert progress.losses[0] == pytest.approx(np.log(2), abs=1e-4), "nothing is preferred at first"
+        assert progress.losses[-1] < 0.5
+        entries = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        steps = [entry for entry in entries if entry["event"] == "step"]
+        assert steps[-1]["rewards/accuracies"] > 0.9
+        assert any("rewards/margins" in entry for entry in entries if entry["event"] == "validation")
+
+
+def test_the_best_is_kept_and_a_run_stops_early(tmp_path: Path, base: Path, data: Path) -> None:
+    settings = settings_of(
+        tmp_path,
+        data,
+        data={"validation": [str(data / "other.jsonl")]},
+        optimizer={"learning_rate": 3e-2},
+        run={
+            "num_steps": 40,
+            "validate_every": 1,
+            "keep_best": True,
+            "early_stopping_patience": 3,
+            "tensorboard": True,
+        },
+    )
+    progress = Silent()
+    folder = run(settings, base, progress)
+    assert folder is not None
+    steps, losses = zip(*progress.validations, strict=True)
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 4 < 40
+    again = Silent()
+    assert run(settings, base, again) == folder, "a run that is done stays so"
+    assert again.losses == []
+    adapter = open_adapter(folder, CONFIG)
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert kept["step"] == steps[best]
+    name = "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(
+        adapter.updates[f"{name}.weight"].a, kept["model"][f"{name}.lora_A.default.weight"].numpy()
+    )
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_quantized_base(tmp_path: Path, base: Path, data: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    progress = Silent()
+    folder = run(settings_of(tmp_path, data, model={"quantization": "nf4"}, run={"num_steps": 12}), base, progress)
+    assert progress.losses[-1] < 0.8 * progress.losses[0]
+    assert folder is not None
+    assert open_adapter(folder, CONFIG).num_parameters > 0
+
+
+def test_checkpointing_and_packing_change_rounding_only(tmp_path: Path, base: Path, data: Path) -> None:
+    plain, other = Silent(), Silent()
+    run(settings_of(tmp_path, data, "a", run={"num_steps": 3}), base, plain)
+    run(settings_of(tmp_path, data, "b", run={"num_steps": 3, "gradient_checkpointing": True}), base, other)
+    assert other.losses == plain.losses
+    whole = {"num_steps": 1, "batch_size": 24}
+    first, second = Silent(), Silent()
+    run(settings_of(tmp_path, data, "c", run=whole), base, first)
+    run(settings_of(tmp_path, data, "d", run=whole, data={"packing": False}), base, second)
+    assert second.losses == pytest.approx(first.losses, abs=1e-4)
+
+
+def test_averages(tmp_path: Path, base: Path, data: Path) -> None:
+    first = run(settings_of(tmp_path, data, "a", adapter=None), base)
+    second = run(settings_of(tmp_path, data, "b", adapter=None, run={"seed": 5}), base)
+    assert first is not None and second is not None
+    models, origin = [open_checkpoint(first), open_checkpoint(second)], open_checkpoint(base)
+    for name, average in averaged_tensors(models, weights=[3, 1]):
+        a, b = (model.tensors[name].numpy() for model in models)
+        np.testing.assert_allclose(average, 0.75 * a + 0.25 * b, atol=1e-6)
+    for name, average in averaged_tensors(models, method="slerp", base=origin):
+        a, b = (model.tensors[name].numpy() - origin.tensors[name].numpy() for model in models)
+        change = average - origin.tensors[name].numpy()
+        cosine = float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+        assert float((change * (a + b)).sum()) > 0
+        # Half-way on an arc, as far from either end.
+        expected = (a + b) / np.sqrt(2 * (1 + cosine))
+        np.testing.assert_allclose(change, expected, atol=1e-5)
+    with pytest.raises(CheckpointError, match="2 models need as many weights, but 3 came"):
+        next(iter(averaged_tensors(models, weights=[1, 1, 1])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": {"r": 4, "target_modules": ["q_pro"]}}, "no linear map 'q_pro' in a layer"),
+        ({"adapter": {"r": 4, "target_modules": ["lm_head"]}}, "embedding and head are one matrix"),
+        ({"adapter": {"rank": 4}}, "adapter.rank: there is no such setting"),
+        ({"adapter": None, "model": {"quantization": "nf4"}}, "cannot be trained themselves; add an adapter"),
+        ({"run": {"num_epochs": 2}}, "num_epochs and num_steps both"),
+        ({"run": {"keep_best": True}}, "run.keep_best goes by the validation loss"),
+        ({"data": {"format": "alpacca"}}, "data.format"),
+        ({"objective": {"kind": "dpo"}, "data": {"format": "text"}}, "objective.kind dpo needs pairs"),
+    ],
+)
+def test_mistakes_in_settings(tmp_path: Path, data: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_of(tmp_path, data, **changes)
+
+
+def test_mistakes_that_only_the_model_and_the_data_show(tmp_path: Path, base: Path, data: Path) -> None:
+    def check(message: str, error: type[Exception] = ConfigError, **changes: Any) -> None:
+        with pytest.raises(error, match=message):
+            run(settings_of(tmp_path, data, **changes), base)
+
+    check("must not pass the model's 64 tokens", run={"sequence_length": 65})
+    check("must name layers from 0 to 1, but holds", adapter={"layers_to_transform": [2]})
+    check("the narrowest map of this model has a side of 32", adapter={"r": 33})
+    check("holds preference pairs, but", DataError, data={"train": [str(data / "pairs.jsonl")]})
+    check("holds single examples, but", DataError, objective={"kind": "dpo"})
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, base: Path, data: Path) -> None:
+    folder = run(settings_of(tmp_path, data, run={"num_steps": 1}), base)
+    assert folder is not None
+    file = folder / "adapter_config.json"
+    good = json.loads(file.read_text())
+
+    def check(message: str, **changes: Any) -> None:
+        file.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(CheckpointError, match=message):
+            open_adapter(folder, CONFIG)
+
+    check("peft_type must be LORA", peft_type="IA3")
+    check("modules_to_save", modules_to_save=["lm_head"])
+    check("r must be a whole number", r="four")
+    check("ask for", r=5)
+    check("has no lora_magnitude_vector", use_dora=True)
+    file.write_text(json.dumps(good))
+    smaller = CONFIG.replace(num_hidden_layers=1) if hasattr(CONFIG, "replace") else None
+    if smaller is not None:
+        with pytest.raises(CheckpointError, match="no linear map of this Gemma 2 of 1 layers"):
+            open_adapter(folder, smaller)
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="adapter_model"):
+        open_adapter(folder, CONFIG)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_adapter(tmp_path / "absent", CONFIG)
+    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
+        open_adapter(base, CONFIG)
