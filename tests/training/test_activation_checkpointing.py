@@ -10,8 +10,12 @@ from small_model import batch_of, packed_row, small_model
 
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.activation_checkpointing import checkpoint_layers
-from gemma2.training.lora import add_lora
+from gemma2.training.adapters import add_adapter
+from gemma2.training.lean_lora import use_lean_lora
 from gemma2.training.objectives import next_token_objective
+from gemma2.training.tune_settings import AdapterSettings
+
+pytest.importorskip("peft")
 
 
 def gradients(model: Gemma2ForCausalLM, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -24,7 +28,8 @@ def gradients(model: Gemma2ForCausalLM, dtype: torch.dtype) -> list[torch.Tensor
 def adapted(dtype: torch.dtype, dropout: float = 0.0) -> Gemma2ForCausalLM:
     model = small_model(dtype)
     generator = torch.Generator().manual_seed(1)
-    add_lora(model, rank=3, alpha=6, dropout=dropout, generator=generator)
+    add_adapter(model, AdapterSettings(r=3, lora_alpha=6, lora_dropout=dropout), seed=0)
+    use_lean_lora(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)
