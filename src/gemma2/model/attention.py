@@ -143,17 +143,19 @@ def capped_attention(
 def _attend(
     q_BKGLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, cap: float | None, plan: AttentionPlan
 ) -> Tensor:
-    outputs = []
-    num_batch, num_kv_heads, num_groups, _, head_dim = q_BKGLH.shape
-    for block in plan.blocks:
-        q, k, v = _of_block(block, q_BKGLH, k_BKSH, v_BKSH)
-        scores = _capped_scores(q, k, scale, cap)
-        weights = _softmax(scores, block).to(v.dtype).flatten(2, 3)
-        out = torch.matmul(weights, v).view(num_batch, num_kv_heads, num_groups, -1, head_dim)
-        outputs.append(out)
+    outputs = [_attend_block(block, q_BKGLH, k_BKSH, v_BKSH, scale, cap) for block in plan.blocks]
     out_BKGLH = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
-    num_length = out_BKGLH.shape[3]
-    return out_BKGLH.permute(0, 3, 1, 2, 4).reshape(num_batch, num_length, num_kv_heads * num_groups, head_dim)
+    return out_BKGLH.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend_block(
+    block: AttentionBlock, q_BKGLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, cap: float | None
+) -> Tensor:
+    """(B, K, G, queries, H)"""
+    q, k, v = _of_block(block, q_BKGLH, k_BKSH, v_BKSH)
+    weights = _softmax(_capped_scores(q, k, scale, cap), block)
+    weights = weights.to(v.dtype)
+    return torch.matmul(weights.flatten(2, 3), v).view(q.shape)
 
 
 def _of_block(block: AttentionBlock, q_BKGLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from gemma2.config import Gemma2Config
 from gemma2.model.attention import AttentionPlan, capped_attention, plan_attention
 from gemma2.model.kv_cache import KVCache, LayerCache, has_gaps
+from gemma2.model.lean_functions import geglu, rms_norm
 
 
 class Gemma2ForCausalLM(nn.Module):
@@ -278,7 +279,7 @@ class Gemma2MLP(nn.Module):
         self.act_fn = PytorchGELUTanh()
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))  # type: ignore[no-any-return]
+        return self.down_proj(geglu(self.gate_proj(x_BLD), self.up_proj(x_BLD), self.act_fn))  # type: ignore[no-any-return]
 
 
 class PytorchGELUTanh(nn.Module):
@@ -301,9 +302,7 @@ class Gemma2RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_features, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Gemma2RotaryEmbedding(nn.Module):

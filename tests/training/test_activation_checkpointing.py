@@ -1,0 +1,103 @@
+"""Layers that are computed again give the same bits, and keep little."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_model import batch_of, packed_row, small_model
+
+from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.activation_checkpointing import checkpoint_layers
+from gemma2.training.adapters import add_adapter
+from gemma2.training.lean_lora import use_lean_lora
+from gemma2.training.objectives import next_token_objective
+from gemma2.training.tune_settings import AdapterSettings
+
+pytest.importorskip("peft")
+
+
+def gradients(model: Gemma2ForCausalLM, dtype: torch.dtype) -> list[torch.Tensor]:
+    objective = next_token_objective(compute_dtype=dtype, compiled=False)
+    loss = objective(model, batch_of(packed_row(9, 14, 3, padding=4)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+def adapted(dtype: torch.dtype, dropout: float = 0.0) -> Gemma2ForCausalLM:
+    model = small_model(dtype)
+    generator = torch.Generator().manual_seed(1)
+    add_adapter(model, AdapterSettings(r=3, lora_alpha=6, lora_dropout=dropout), seed=0)
+    use_lean_lora(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("num_layers", [None, 3])
+@pytest.mark.parametrize("kind", ["full", "bfloat16 products", "lora", "lora with dropout"])
+def test_the_same_bits(kind: str, num_layers: int | None) -> None:
+    results = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        if kind == "full":
+            model, dtype = small_model(torch.float32), torch.float32
+        elif kind == "bfloat16 products":
+            model, dtype = small_model(torch.float32), torch.bfloat16
+        else:
+            model, dtype = adapted(torch.bfloat16, 0.3 if "dropout" in kind else 0.0), torch.bfloat16
+        names = list(model.state_dict())
+        if is_checkpointed:
+            checkpoint_layers(model, num_layers)
+        assert list(model.state_dict()) == names
+        results.append(gradients(model, dtype))
+    for kept, again in zip(*results, strict=True):
+        assert torch.equal(kept, again)
+        assert kept.any()
+
+
+def kept_bytes(model: Gemma2ForCausalLM) -> int:
+    """What the forward pass keeps that grows with depth."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch = batch_of(packed_row(9, 14, 3))
+        model.model(batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("make", [small_model, adapted])
+def test_a_layer_keeps_its_input_only(make: Any) -> None:
+    all_kept = kept_bytes(make(torch.float32))
+    model = make(torch.float32)
+    checkpoint_layers(model)
+    angles = 2 * 26 * 8 * 4  # of RoPE: for each position and channel pair, shared by all layers
+    outside = 26 * (32 + 1) * 4  # the last norm's input and its 1 / rms
+    inputs = 4 * 26 * 32 * 4
+    assert kept_bytes(model) <= inputs + outside + angles < all_kept / 4
+
+
+def test_measuring_runs_a_layer_once() -> None:
+    model = small_model()
+    checkpoint_layers(model)
+    batch = batch_of(packed_row(9))
+    with torch.no_grad():
+        result = model.model(batch.input_ids)
+    assert torch.equal(result, small_model().model(batch.input_ids))
+
+
+def test_mistakes() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="num_layers must be from 0 to 4, the layers of the model, but is 5"):
+        checkpoint_layers(model, 5)
+    checkpoint_layers(model, 1)
+    with pytest.raises(ValueError, match="call it once"):
+        checkpoint_layers(model)
