@@ -212,6 +212,8 @@ class Trainer:
         self.model.train()
         result: ValidationResult | None = None
         self._began, self._seconds_before = time.monotonic(), self.seconds
+        if self.step == 0 and run.validate_first and self.validation is not None:
+            result = self._validate(self.validation, log)
         since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
         while not self.is_done:
             loss, num_tokens, grad_norm, rate = self._one_step()
