@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def require_libraries(*names: str) -> None:
             raise MissingDependencyError(
                 f"training needs {name}, which is not installed; install it with: pip install 'gemma2[train]'"
             )
+    # Which tells, whenever PEFT looks for it, of kernels that it would like to download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def make_training_console() -> Console:
