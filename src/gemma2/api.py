@@ -273,13 +273,14 @@ def _cpu_backend(
                 f"{folder}: its weights are {file.format}, and {weights} cannot be made of them; leave weights out, or "
                 "quantize the original model"
             )
+        added = None if adapter is None else open_adapter(adapter, file.config)
         packed = file.load(num_threads=num_threads)
     else:
         checkpoint = open_checkpoint(folder)
+        added = None if adapter is None else open_adapter(adapter, checkpoint.config)  # before what takes a minute
         if weights == "auto":
             weights = "float32" if _is_small(checkpoint.config) else "q4"
         packed = packed_model(checkpoint, weights, num_threads=num_threads, progress=progress, notify=notify)
-    added = None if adapter is None else open_adapter(adapter, packed.config)
     return CpuBackend(packed, num_threads=num_threads, kv_cache=kv_cache, adapter=added)
 
 

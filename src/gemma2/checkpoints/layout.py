@@ -62,7 +62,7 @@ def explain_no_weights(names: Sequence[str], *, folder: Path | None = None) -> s
     if adapter:
         return (
             f"holds an adapter ({first_few(adapter)}){_base_model(folder)}, not a whole model; open the model that it "
-            "was trained on and apply the adapter to it, or merge the two into a folder of their own first"
+            "was trained on and name this folder as its adapter (--adapter), or make one of both with `gemma2 merge`"
         )
     if gguf := _ending(names, ".gguf"):
         return (
