@@ -66,6 +66,7 @@ def packed_model(
     """
     is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
     if weight_format not in ("float32", "bfloat16") and not is_small:
+        copy = None
         try:
             copy = _Copy.of(checkpoint, weight_format, second_plane=second_plane)
             # Without the lock first: a copy comes whole or not at all, and a cache that may only be read has no locks.
@@ -80,7 +81,8 @@ def packed_model(
             if kept is not None:
                 return kept
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+            file = error.filename or (copy.file.parent if copy is not None else "the cache")
+            what = f"{file}: {error.strerror or error}"
             notify(
                 f"{what}; the rounded weights cannot be kept, so the next start takes as long. GEMMA2_CACHE moves them"
             )
@@ -133,8 +135,8 @@ class _Copy:
             if (packed.config, packed.format) != (self.checkpoint.config, self.format):
                 return None
             return packed.load(num_threads=num_threads) if packed.has_second_plane == self.second_plane else None
-        except CheckpointError as error:
-            notify(f"{error}. It is made again now")
+        except CheckpointError:  # its advice is for folders that a user made
+            notify(f"{self.file}: the copy of the rounded weights is damaged; it is made again now")
             return None
 
     def make(self, num_threads: int, progress: Progress | None) -> None:
