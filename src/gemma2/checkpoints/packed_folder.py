@@ -132,7 +132,9 @@ def write_packed_file(
         OSError: the packed file cannot be written.
     """
     errors: dict[str, RoundingError] = {}
-    with PackedWriter(file, checkpoint.config, weight_format, second_plane=second_plane) as writer:
+    with PackedWriter(
+        file, checkpoint.config, weight_format, second_plane=second_plane, calibrated=calibration is not None
+    ) as writer:
         for piece in packed_pieces(
             checkpoint,
             weight_format,

@@ -172,7 +172,7 @@ def _packed_values(stored: Checkpoint | PackedFile) -> dict[str, Any] | None:
 
     if not isinstance(stored, PackedFile):
         return None
-    return {"format": stored.format, "second_plane": stored.has_second_plane}
+    return {"format": stored.format, "second_plane": stored.has_second_plane, "calibrated": stored.is_calibrated}
 
 
 def _tensors(subject: Subject) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -295,9 +295,13 @@ def _print_files(console: Console, subject: Subject, stored: Checkpoint | Packed
         table.add_row(path.name, holds, format_bytes(path.stat().st_size))
     console.print(table)
     if isinstance(stored, PackedFile):
-        planes = ", the embedding in two planes of 4 bits" if stored.has_second_plane else ""
+        number = "two planes" if stored.has_second_plane else "one plane"
+        planes = f", the embedding in {number} of 4 bits" if stored.format == "q4" else ""
+        calibrated = ", calibrated" if stored.is_calibrated else ""
         bits = 8 * stored.num_bytes / stored.config.count_parameters().total
-        console.print(f"Packed for the CPU engine: {stored.format}{planes}, {bits:.2f} bits per weight in all")
+        console.print(
+            f"Packed for the CPU engine: {stored.format}{calibrated}{planes}, {bits:.2f} bits per weight in all"
+        )
 
 
 def _print_tokenizer(console: Console, subject: Subject) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from gemma2.cli.streaming import DIM, is_terminal, paint
+from gemma2.cli.terminal import PlainProgress
 
 if TYPE_CHECKING:
     from gemma2.api import LLM
@@ -42,7 +43,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
     """
     from gemma2.api import load
 
-    waiting = _Waiting(is_shown=is_terminal(sys.stderr) and not quiet)
+    waiting = _Waiting(is_shown=is_terminal(sys.stderr) and not quiet, is_quiet=quiet)
     with waiting:
         return load(
             args.model,
@@ -52,16 +53,18 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
             num_threads=args.threads,
             kv_cache=args.kv_cache,
             progress=waiting.show_progress,
-            notify=waiting.show_sentence if not quiet else lambda sentence: None,
+            notify=waiting.show_sentence,
         )
 
 
 class _Waiting:
-    """One line on the terminal that says what is waited for, and is gone afterwards."""
+    """One line on the terminal that says what is waited for, and is gone afterwards; a line now and then to a pipe."""
 
-    def __init__(self, *, is_shown: bool) -> None:
+    def __init__(self, *, is_shown: bool, is_quiet: bool) -> None:
         self._is_shown = is_shown
-        self._started: float | None = None
+        self._is_quiet = is_quiet
+        self._first: tuple[float, int] | None = None
+        self._plain = PlainProgress("quantizing")
         self._length = 0
 
     def __enter__(self) -> None:
@@ -72,17 +75,25 @@ class _Waiting:
 
     def show_sentence(self, sentence: str) -> None:
         """Prints a sentence that stays."""
-        self._write("")
-        print(sentence, file=sys.stderr)
+        if not self._is_quiet:
+            self._write("")
+            print(sentence, file=sys.stderr)
 
     def show_progress(self, done: int, total: int) -> None:
-        """Shows how far the rounding of weights is: share, rate and time left."""
+        """Shows how far the rounding of weights is: share and, once they can be told, rate and time left."""
         now = time.monotonic()
-        if self._started is None:
-            self._started = now
-        rate = done / max(now - self._started, 1e-3)
-        left = (total - done) / rate if rate else 0.0
-        self._write(f"quantizing {done / total:4.0%}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left")
+        if self._first is None:
+            self._first = now, done
+        if not self._is_shown:
+            if not self._is_quiet:
+                self._plain.update(done, total)
+            return
+        seconds, num_bytes = now - self._first[0], done - self._first[1]
+        speed = ""
+        if seconds >= 1 and num_bytes:
+            rate = num_bytes / seconds
+            speed = f", {rate / 1e6:,.0f} MB/s, {(total - done) / rate:,.0f} s left"
+        self._write(f"quantizing {done / total:4.0%}{speed}")
 
     def _write(self, text: str) -> None:
         if self._is_shown:

@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma2.cli.terminal import format_duration
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -130,7 +132,7 @@ class _ProgressBar:
             self._started = (now, step)
         first_time, first_step = self._started
         rate = (step - first_step) / (now - first_time) if step > first_step else 0.0
-        left = _duration((num_steps - step) / rate) if rate else "?"
+        left = format_duration((num_steps - step) / rate) if rate else "?"
         if self._task is None:
             self._task = self._bar.add_task("", total=num_steps, loss=loss, speed=tokens_per_second, left=left)
         self._bar.update(self._task, completed=step, loss=loss, speed=tokens_per_second, left=left)  # type: ignore[arg-type]
@@ -149,9 +151,3 @@ class _ProgressBar:
 
     def on_checkpoint(self, path: Path) -> None:
         """Checkpoints are silent: they come often and the folder shows them."""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
