@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gemma2.quantization.feedback import Calibration
     from gemma2.quantization.packing import RoundingError
 
-_MINUTES_OF_2B: Final = "ten minutes"
+_TIME_OF_2B: Final = "a quarter of an hour"
 _ROUNDING_TOKENS: Final = 1000
 """What rounding a layer's weights costs, in tokens that a calibration runs through it."""
 CALIBRATION_TOKENS: Final = 16_384
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="let rounding errors cancel each other, as the model's inputs allow. Text or JSONL files like those that "
         "the model will see halve what 4 bits cost; without any, random words take two fifths off. Takes about "
-        f"{_MINUTES_OF_2B} for 2B on two cores",
+        f"{_TIME_OF_2B} for 2B on two cores",
     )
     parser.add_argument(
         "--calibration-tokens",
