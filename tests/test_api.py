@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,34 @@ def test_chat_reads_the_chat_format(llm: LLM) -> None:
     with pytest.raises(ChatFormatError):
         llm.chat([{"role": "system", "content": "be brief"}, *messages], strict_system=True)
     llm.chat([{"role": "system", "content": "be brief"}, *messages], max_tokens=1)
+
+
+def test_threads_may_use_one_model(llm: LLM) -> None:
+    prompts = ["the cat", "a dog then", "she was where he", "new green river"]
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    texts = [llm.generate(prompt, **options).text for prompt in prompts]
+    logits = [llm.logits(llm.tokenizer.encode(prompt)) for prompt in prompts]
+
+    def use(index: int) -> bool:
+        prompt = prompts[index % 4]
+        return (
+            llm.generate(prompt, **options).text == texts[index % 4]
+            and "".join(llm.stream(prompt, **options)) == texts[index % 4]
+            and np.array_equal(llm.logits(llm.tokenizer.encode(prompt)), logits[index % 4])
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(use, range(24)))
+    assert isinstance(llm.backend, CpuBackend) and llm.backend.kv_cache_used_bytes == 0
+
+
+def test_a_text_that_is_ended_from_outside_does_not_end_in_silence(llm: LLM) -> None:
+    pieces = llm.stream("the cat", max_tokens=20, temperature=0, ignore_eos=True)
+    next(pieces)
+    for request_id in list(llm.engine._requests):
+        llm.engine.abort(request_id)
+    with pytest.raises(Gemma2Error, match="the text was ended from outside"):
+        list(pieces)
 
 
 def test_config_and_tokenizer(llm: LLM, folder: Path) -> None:

@@ -20,8 +20,15 @@ import numpy.typing as npt
 
 from gemma2.checkpoints import is_packed, open_checkpoint, open_packed, packed_model, resolve_model
 from gemma2.config import Gemma2Config
-from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, SamplingError, nearest_name
-from gemma2.generation import Completion, Engine, Prompt
+from gemma2.errors import (
+    CheckpointError,
+    ConfigError,
+    Gemma2Error,
+    MissingDependencyError,
+    SamplingError,
+    nearest_name,
+)
+from gemma2.generation import Completion, Engine, Prompt, TextDelta
 from gemma2.sampling import SamplingParams
 from gemma2.step import Backend, Logits
 from gemma2.text import Message, Tokenizer, encode_chat
@@ -34,7 +41,7 @@ SMALL_MODEL_PARAMETERS: Final = 20_000_000
 
 
 class LLM:
-    """A loaded model with its tokenizer.
+    """A loaded model with its tokenizer. Several threads may use it at once; their texts share steps.
 
     Attributes:
         config: the architecture.
@@ -97,9 +104,9 @@ class LLM:
         """Continues a text and gives out each piece as soon as it is certain; arguments as `generate`.
 
         Mistakes are raised here and now, before the first piece is asked for. Closing the iterator ends the request.
+        If another thread's step for this text fails, the iterator raises Gemma2Error.
         """
-        deltas = self.engine.stream(prompt, self.sampling_params(params, **options))
-        return (delta.text for delta in deltas if delta.text)
+        return _texts(self.engine.stream(prompt, self.sampling_params(params, **options)))
 
     def chat(
         self,
@@ -170,7 +177,7 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     notify: Callable[[str], None] = lambda sentence: None,
 ) -> LLM:
-    """Loads a model.
+    """Loads a model, which several threads may use at once.
 
     Args:
         model: a folder with config.json, safetensors and a tokenizer; one that `gemma2 quantize` wrote; the name of a
@@ -327,6 +334,14 @@ def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(
             f"{name} must be one of {', '.join(known)}, but is {value!r}.{nearest_name(str(value), known)}"
         )
+
+
+def _texts(deltas: Iterator[TextDelta]) -> Iterator[str]:
+    for delta in deltas:
+        if delta.text:
+            yield delta.text
+        if delta.finish_reason == "abort":
+            raise Gemma2Error("the text was ended from outside: it was aborted, or a step that it shared failed")
 
 
 def _is_one_prompt(prompt: object) -> bool:
