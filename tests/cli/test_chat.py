@@ -350,6 +350,13 @@ def test_ctrl_c_ends_a_script(talk: Talk) -> None:
     assert (status, out) == (130, "abc\n")
 
 
+def test_ctrl_c_while_a_message_is_read(talk: Talk) -> None:
+    llm = FakeLLM(["abcdef"], context=2000, interrupt_at=(0,), is_chat_tuned=True)
+    status, out, err = talk(llm, "x" * 1200, "y")
+    assert (status, out.strip()) == (130, "") and "stopped before the first word" in err
+    assert llm.fake_backend.num_steps == 1
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     fake_model = {"answers": ["abcdefghij" * 20, "second"], "is_chat_tuned": True, "seconds": 0.05}
     with Terminal("chat", fake_model=fake_model, folder=tmp_path) as terminal:
