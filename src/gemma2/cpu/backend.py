@@ -56,13 +56,7 @@ class CpuBackend:
     ) -> None:
         if not _is_count(head_candidates):
             raise ConfigError(f"head_candidates must be a whole number of at least 1, but is {head_candidates!r}")
-        if kv_cache_bytes is not None and not _is_count(kv_cache_bytes):
-            raise ConfigError(f"kv_cache_bytes must be a whole number of at least 1, but is {kv_cache_bytes!r}")
-        if kv_cache not in KV_CACHE_DTYPES:
-            raise ConfigError(
-                f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
-                + nearest_name(str(kv_cache), KV_CACHE_DTYPES)
-            )
+        check_kv_cache(kv_cache, kv_cache_bytes)
         if kv_cache == "auto":
             kv_cache = "float32" if packed.format == "float32" else "bfloat16"
         runtime = make_runtime(resolve_num_threads(num_threads), isa)
@@ -186,6 +180,21 @@ class CpuBackend:
                 f"sequence {step.sequence_id}: token ids must be from 0 to {self.config.vocab_size - 1}, but one is "
                 f"{step.token_ids[outside][0]}"
             )
+
+
+def check_kv_cache(kv_cache: str, kv_cache_bytes: int | None) -> None:
+    """Checks these arguments of `CpuBackend`, for whoever has long work to do before there can be one.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    if kv_cache_bytes is not None and not _is_count(kv_cache_bytes):
+        raise ConfigError(f"kv_cache_bytes must be a whole number of at least 1, but is {kv_cache_bytes!r}")
+    if kv_cache not in KV_CACHE_DTYPES:
+        raise ConfigError(
+            f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
+            + nearest_name(str(kv_cache), KV_CACHE_DTYPES)
+        )
 
 
 def _parts(steps: Sequence[SequenceStep]) -> Iterator[list[SequenceStep]]:
