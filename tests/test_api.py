@@ -341,7 +341,7 @@ def test_a_cache_that_cannot_be_is_refused_before_any_work(folder: Path, monkeyp
     monkeypatch.setattr(api, "packed_model", lambda *args, **options: pytest.fail("rounds for minutes first"))
     for arguments in ({"kv_cache": "int4"}, {"kv_cache_bytes": 0}):
         with pytest.raises(ConfigError, match="kv_cache"):
-            gemma2.load(folder, backend="cpu", **arguments)  # type: ignore[arg-type]
+            gemma2.load(folder, backend="cpu", **arguments)
 
 
 def test_models_that_cannot_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_what_the_package_offers(folder: Path) -> None:
     with pytest.raises(gemma2.Gemma2Error):
         gemma2.load(folder / "nothing")
     with pytest.raises(AttributeError, match="has no attribute 'LLMs'"):
-        gemma2.LLMs  # type: ignore[attr-defined]  # noqa: B018
+        gemma2.LLMs  # noqa: B018
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

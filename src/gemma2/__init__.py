@@ -1,8 +1,8 @@
 """Gemma 2: run it, adapt it, train it, understand it.
 
-`gemma2.load(...)` gives an `LLM`, a model that generates; `Gemma2Config` is the architecture as data; every mistake that
-a caller can mend is a `Gemma2Error`. Importing this package loads nothing heavy: `load` and what stands behind it come in
-when first used.
+`gemma2.load(...)` gives an `LLM`, a model that generates; `Gemma2Config` is the architecture as data; every mistake
+that a caller can mend is a `Gemma2Error`. Importing this package loads nothing heavy: `load` and what stands behind it
+come in when first used.
 """
 
 from __future__ import annotations

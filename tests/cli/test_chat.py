@@ -214,6 +214,8 @@ def test_set_changes_and_shows_options(talk: Talk) -> None:
         ("/save x.txt", "x.txt: a conversation's file ends in .json or .md"),
         ("/save x.json", "there is nothing to save yet"),
         ("/load none.json", "none.json: cannot be read: No such file"),
+        ("/load x.md", "x.md: Markdown is for reading; only what /save wrote to a .json file can be loaded"),
+        ("/load x.txt", "x.txt: a conversation's file ends in .json; add"),
         ("/more", "there is no text yet"),
         (b"caf\xe9", "standard input, line 1: needs to be UTF-8, but byte 3 (0xe9) is not"),
     ],
