@@ -102,6 +102,16 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["plan", "2b", "more"], "one argument too many: 'more'; a text with spaces needs quotes around it"),
         (["plan", "2b", "--context", "long"], "argument --context: invalid int value: 'long'"),
         (["plan", "2b", "--train", "half"], "argument --train: invalid choice: 'half'"),
+        (["generate", "x", "--weights", "bf16"], "invalid choice: 'bf16' (choose from "),
+        (["generate", "x", "--weights", "bf16"], "Did you mean 'bfloat16'? (see gemma2 generate --help)"),
+        (["bench", "--weights", "bfloat"], "Did you mean 'bfloat16'?"),
+        (["generate", "x", "--threads", "0"], "argument --threads: must be a whole number from 1 to 1024, but is '0'"),
+        (["chat", "--threads", "1025"], "argument --threads: must be a whole number from 1 to 1024, but is '1025'"),
+        (["bench", "--threads", "two"], "argument --threads: must be a whole number from 1 to 1024, but is 'two'"),
+        (
+            ["generate", "x", "--max-tokens", "0"],
+            "whole number of at least 1, or none to go on to the context's end, but",
+        ),
         (["pull"], "the following arguments are required: REPO"),
         (
             ["quantize", "--calibrate", "text.txt", "source", "new"],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2ForCausalLM, TorchBackend
@@ -118,3 +122,22 @@ def test_logits_of_many_rows_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) 
     assert np.allclose(whole, parts, atol=1e-5)
     monkeypatch.setattr("gemma2.model.torch_backend.HEAD_CHUNK_LOGITS", 1)
     assert np.allclose(whole, backend.forward(batch(part(2, 0, 50, 33))), atol=1e-5)
+
+
+def test_threads_wait_for_each_other() -> None:
+    class Watched(TorchBackend):
+        users = 0
+
+        def _advance(self, step: SequenceStep) -> Tensor:
+            self.users += 1
+            time.sleep(0.002)
+            assert self.users == 1, "two threads are in the model"
+            hidden = super()._advance(step)
+            self.users -= 1
+            return hidden
+
+    backend = Watched(model())
+    with ThreadPoolExecutor(3) as threads:
+        steps = [StepBatch(steps=(part(index, 0, 5),)) for index in range(9)]
+        logits = list(threads.map(backend.forward, steps))
+    assert all(np.array_equal(each, logits[0]) for each in logits)

@@ -281,17 +281,19 @@ def _print_parameters(console: Console, subject: Subject) -> None:
 
 
 def _print_files(console: Console, subject: Subject, stored: Checkpoint | PackedFile) -> None:
-    from gemma2.checkpoints import PackedFile
+    from gemma2.checkpoints import PackedFile, unused_packed_files
 
     heading(console, f"Files in {stored.folder}")
     table = make_table(console, "file", "holds", "size", left=2)
-    tensors = _tensors(subject)
+    tensors, unused = _tensors(subject), unused_packed_files(stored.folder)
     for path in _files(stored):
         if isinstance(stored, PackedFile):
             dtypes = Counter(dtype for _, dtype in tensors.values() if path == stored.file)
         else:
             dtypes = Counter(tensor.dtype for tensor in stored.tensors.values() if tensor.file == path)
         holds = ", ".join(f"{number} tensors in {dtype}" for dtype, number in dtypes.items())
+        if path in unused:
+            holds = "packed weights, not used beside the others"
         table.add_row(path.name, holds, format_bytes(path.stat().st_size))
     console.print(table)
     if isinstance(stored, PackedFile):
@@ -331,7 +333,10 @@ def _print_tensors(console: Console, subject: Subject) -> None:
 
 def _files(stored: Checkpoint | PackedFile) -> list[Path]:
     """The model's files: config, weights, tokenizer, and what else explains it."""
+    from gemma2.checkpoints import unused_packed_files
+
     others = ("config.json", "generation_config.json", "model.safetensors.index.json", "MODEL_CARD.md", "README.md")
     named = [stored.folder / name for name in others]
     files = [path for path in named if path.is_file()]
-    return list(dict.fromkeys([*stored.files, *files, *stored.tokenizer_files]))
+    unused = unused_packed_files(stored.folder)
+    return list(dict.fromkeys([*stored.files, *unused, *files, *stored.tokenizer_files]))

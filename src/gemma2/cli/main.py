@@ -72,6 +72,13 @@ class ArgumentParser(argparse.ArgumentParser):
             message += f"; they go before {greedy[0]}, which takes all that follows it"
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = nearest_name(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}.{hint}" if hint else error.message) from None
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses like argparse, but refuses what is left over here, where the known options are at hand."""
         self._given = list(sys.argv[1:] if args is None else args)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BACKENDS: Final = ("auto", "cpu", "torch")
 WEIGHTS: Final = ("auto", "float32", "bfloat16", "q8", "q4")
+MAX_THREADS: Final = 1024
 KV_CACHES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
@@ -27,8 +28,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes (default: %(default)s)")
     group.add_argument("--weights", choices=WEIGHTS, default="auto", help="how weights are kept (default: %(default)s)")
     group.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="how the CPU engine keeps keys and values")
-    group.add_argument("--threads", type=int, metavar="N", help="of the CPU engine (default: one for each core)")
+    group.add_argument(
+        "--threads", type=num_threads, metavar="N", help="of the CPU engine (default: one for each core)"
+    )
     group.add_argument("--device", help="such as cpu, cuda or cuda:1, for torch (default: the best there is)")
+
+
+def num_threads(text: str) -> int:
+    """Reads the value of --threads."""
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if not 1 <= number <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_THREADS}, but is {text!r}")
+    return number
 
 
 def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
