@@ -84,7 +84,10 @@ def explain_no_weights(names: Sequence[str], *, folder: Path | None = None) -> s
     if folder is not None and (inner := _inner_model(folder)):
         return f"is not a model folder, but {inner} looks like one; open that"
     found = f"it has {first_few(sorted(names), limit=5)}" if names else "it is empty"
-    return f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there ({found})"
+    return (
+        f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there, nor packed weights (*{PACKED_SUFFIX}); "
+        f"{found}"
+    )
 
 
 def _ending(names: Iterable[str], *suffixes: str) -> list[str]:
