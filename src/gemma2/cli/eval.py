@@ -168,6 +168,7 @@ def _measure(llm: LLM, model: str, texts: Sequence[FileText], args: argparse.Nam
     result = Result(model, llm.backend.weights, windows, num_tokens=sum(len(text.token_ids) for text in encoded))
     title = f"{model}, {result.weights}"
     with StopOnInterrupt() as interrupt, _Progress(title, result.num_tokens, is_shown=not args.quiet) as progress:
+        interrupt.can_wait = True
         began, last_number = time.monotonic(), -1
         scores = score_windows(llm.backend, llm.tokenizer, encoded, windows)
         for number, score in scores:

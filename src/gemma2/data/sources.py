@@ -267,7 +267,7 @@ def _json_text(source: str, path: Path, line: int, text_key: str, *, is_fixed: b
         advice = f"The text must be under {text_key!r}." if is_fixed else "Set text_key to the one that holds the text."
         raise DataError(
             f"{path}, line {line}: no key {text_key!r}; the keys are {shown_keys(keys)}."
-            f"{nearest_name(text_key, keys, cutoff=0.8)} {advice}"
+            f"{nearest_name(text_key, keys, cutoff=0.75)} {advice}"
         )
     text = record[text_key]
     if not isinstance(text, str):

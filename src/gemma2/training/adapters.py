@@ -19,6 +19,7 @@ from gemma2.checkpoints.adapters import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FIL
 from gemma2.checkpoints.staging import clear_errors, publish, staging_folder
 from gemma2.errors import ConfigError, MissingDependencyError
 from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.lean_lora import use_lean_lora
 from gemma2.training.tune_settings import AdapterSettings
 
 _NAME = "default"
@@ -63,6 +64,7 @@ def add_adapter(model: Gemma2ForCausalLM, settings: AdapterSettings, *, seed: in
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    use_lean_lora(model)
 
 
 def adapter_first_values(model: nn.Module) -> dict[str, Tensor]:
