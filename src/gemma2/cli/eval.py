@@ -167,8 +167,9 @@ def _measure(llm: LLM, model: str, texts: Sequence[FileText], args: argparse.Nam
     encoded = [encode_text(llm.tokenizer, text.text) for text in texts]
     result = Result(model, llm.backend.weights, windows, num_tokens=sum(len(text.token_ids) for text in encoded))
     title = f"{model}, {result.weights}"
-    with StopOnInterrupt() as interrupt, _Progress(title, result.num_tokens, is_shown=not args.quiet) as progress:
-        interrupt.can_wait = True
+    interrupt = StopOnInterrupt()
+    interrupt.can_wait = True
+    with interrupt, _Progress(title, result.num_tokens, is_shown=not args.quiet) as progress:
         began, last_number = time.monotonic(), -1
         scores = score_windows(llm.backend, llm.tokenizer, encoded, windows)
         for number, score in scores:
