@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from gemma2.memory import (
     adapter_training,
     engine_prefill_bytes,
     full_training,
+    kept_layer_bytes,
     kv_cache_bytes,
     logits_bytes,
     prefill_bytes,
@@ -170,40 +172,96 @@ def tiny_config(**changes: int) -> Gemma2Config:
     return Gemma2Config(**sizes, query_pre_attn_scalar=16)
 
 
-@pytest.mark.parametrize(
-    ("length", "sizes"),  # each makes another part of the formula the largest
-    [(64, {}), (700, {}), (64, {"hidden_size": 512}), (64, {"intermediate_size": 2048}), (64, {"head_dim": 64})],
-)
-def test_activations_are_what_autograd_keeps(length: int, sizes: dict[str, int]) -> None:
+SIZES = [  # each makes another part of the formulas the largest
+    (64, {}),
+    (700, {}),
+    (64, {"hidden_size": 512}),
+    (64, {"intermediate_size": 2048}),
+    (64, {"head_dim": 64}),
+]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("length", "sizes"), SIZES)
+def test_activations_are_what_autograd_keeps(length: int, sizes: dict[str, int], frozen: bool) -> None:
     torch = pytest.importorskip("torch")
-    from gemma2.model import Gemma2ForCausalLM
 
     config = tiny_config(**sizes)
-    model = Gemma2ForCausalLM(config, dtype=torch.bfloat16)
+    model = trained_model(config, frozen=frozen)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
     tensors = []  # held, so that no address is given out twice
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        # Masks, angles and indices are shared by all layers; what grows with depth is floating.
-        if tensor.is_floating_point() and storage.data_ptr() not in parameters and tensor.requires_grad:
-            kept[storage.data_ptr()] = storage.nbytes()
+        # Masks, angles, indices and scalars are shared by all layers; an adapter's own width is counted apart.
+        if tensor.is_floating_point() and storage.data_ptr() not in parameters and tensor.ndim >= 2:
+            if tensor.shape[-1] != ADAPTER_RANK and tensor.shape != (2, 1, length, config.head_dim // 2):
+                kept[storage.data_ptr()] = storage.nbytes()
             tensors.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.model(torch.arange(2 * length).view(2, length) % 100)
-    planned = activation_bytes(config, batch_size=2, length=length, checkpointing=False)
-    assert sum(kept.values()) == pytest.approx(planned, rel=0.05)
+    planned = 2 * length * config.num_hidden_layers * kept_layer_bytes(config, frozen=frozen)
+    planned += 2 * length * (2 * config.hidden_size + 4)  # the last norm's input, and its 1 / rms
+    # The first layer's maps need no gradient in their input where the embedding is frozen, so less is kept there.
+    assert sum(kept.values()) == pytest.approx(planned, rel=0.1 if frozen else 0.001)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("length", "sizes"), SIZES)
+def test_a_training_step_holds_what_is_planned(length: int, sizes: dict[str, int], frozen: bool) -> None:
+    torch = pytest.importorskip("torch")
+
+    config = tiny_config(num_hidden_layers=8, **sizes)
+    model = trained_model(config, frozen=frozen)
+    ids = torch.arange(2 * length).view(2, length) % 100
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    peak = peak_bytes(lambda: model.model(ids).sum().backward())
+    planned = activation_bytes(config, batch_size=2, length=length, checkpointing=False, frozen=frozen)
+    # At the peak there are some of the gradients.
+    assert 0.8 * planned < peak < 1.15 * planned + gradients
+
+
+ADAPTER_RANK = 3
+
+
+def trained_model(config: Gemma2Config, *, frozen: bool) -> Any:
+    """In bf16, as a whole or by adapters."""
+    torch = pytest.importorskip("torch")
+    from gemma2.model import Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(config, dtype=torch.bfloat16)
+    if frozen:
+        pytest.importorskip("peft")
+        from gemma2.training.adapters import add_adapter
+        from gemma2.training.lean_lora import use_lean_lora
+        from gemma2.training.tune_settings import AdapterSettings
+
+        add_adapter(model, AdapterSettings(r=ADAPTER_RANK), seed=0)
+        use_lean_lora(model)
+    return model
+
+
+def peak_bytes(action: Callable[[], Any]) -> int:
+    """The most that tensors made by an action hold at a time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 @pytest.mark.parametrize(("chunk", "cached"), [(512, 0), (64, 900)])
 @pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 4096}, {"hidden_size": 1024}, {"num_attention_heads": 8}])
 def test_prefill_is_what_a_forward_pass_holds_at_its_peak(chunk: int, cached: int, sizes: dict[str, int]) -> None:
     torch = pytest.importorskip("torch")
-    from torch.profiler import ProfilerActivity, profile
-
     from gemma2.model import Gemma2ForCausalLM
     from gemma2.model.kv_cache import KVCache
 
@@ -215,12 +273,6 @@ def test_prefill_is_what_a_forward_pass_holds_at_its_peak(chunk: int, cached: in
         if cached:
             model.model(input_ids[:, :cached], past_key_values=cache)
         before = cache.size_bytes
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            model.model(input_ids[:, cached:], past_key_values=cache)
-    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        peak = peak_bytes(lambda: model.model(input_ids[:, cached:], past_key_values=cache))
     planned = prefill_bytes(config, chunk_tokens=chunk, num_keys=cached + chunk)
     assert peak - (cache.size_bytes - before) == pytest.approx(planned, rel=0.1)

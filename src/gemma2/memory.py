@@ -32,22 +32,23 @@ ADAPTABLE_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj",
 
 QUERY_BLOCK: Final = 256
 """Queries whose scores exist at once; attention takes long inputs in blocks of so many."""
+BLOCK_VALUES: Final = 1 << 18
+"""Values of a norm or GeGLU that are worked on at once: 1 MiB in float32, half of what two second-level caches hold."""
 ENGINE_ROWS: Final = 512
 """Rows that the CPU engine takes through its layers together; longer chunks go in parts."""
-
-
 BLOCK_LOGITS: Final = 1 << 20
 """Logits of a training loss that are worked on at once: 4 MiB in float32, which stay in the processor's cache."""
+LARGE_VOCABULARY: Final = 1 << 16
 
 
 def loss_chunk_tokens(vocab_size: int) -> int:
     """How many tokens' logits exist at once in training.
 
-    4 MiB in float32 for a small vocabulary, so that they stay in the processor's cache between the passes over them.
-    For a large one never fewer than 128 tokens: each chunk also reads and writes the whole gradient of the embedding,
-    which must be little beside its matrix products.
+    4 MiB in float32 for a small vocabulary, so that they stay in the processor's cache between the passes over them,
+    and never fewer than 128 tokens: each chunk also reads and writes the whole gradient of the embedding, which must be
+    little beside its matrix products. 192 for a large one: products of 128 rows run a tenth slower.
     """
-    return max(128, BLOCK_LOGITS // vocab_size)
+    return max(128 if vocab_size < LARGE_VOCABULARY else 192, BLOCK_LOGITS // vocab_size)
 
 
 def layer_matrices(config: Gemma2Config) -> dict[str, tuple[int, int]]:
@@ -146,11 +147,10 @@ def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, byt
 
         residual stream              4 · C · D            before and after attention, its output, the normed input
         the largest of
-          a norm                     3 · C · D in float32 and its rounded output
+          a norm                     C · D, its output, and 4 in float32 for `BLOCK_VALUES` of it at a time
           MLP                        3 · C · I            gate, up and their product
           attention                  2 · C · (N + K) · H  q, k, v and the output
-            and scores               N · min(C, 256) · S  in float32 twice, before and after the softmax, and once
-                                                          more in a narrower dtype
+            and scores               N · min(C, 256) · S  in float32 twice, before and after the softmax
 
     Args:
         config: the architecture.
@@ -160,11 +160,11 @@ def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, byt
     """
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     stream = 4 * chunk_tokens * config.hidden_size * bytes_per_value
-    norm = (3 * 4 + bytes_per_value) * chunk_tokens * config.hidden_size
+    norm_values = chunk_tokens * config.hidden_size
+    norm = bytes_per_value * norm_values + 4 * 4 * min(norm_values, BLOCK_VALUES)
     mlp = 3 * chunk_tokens * config.intermediate_size * bytes_per_value
-    bytes_per_score = 2 * 4 + (bytes_per_value if bytes_per_value < 4 else 0)
     num_scores = config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys
-    attention = 2 * chunk_tokens * heads * bytes_per_value + num_scores * bytes_per_score
+    attention = 2 * chunk_tokens * heads * bytes_per_value + num_scores * 2 * 4
     return stream + max(norm, mlp, attention)
 
 
@@ -207,9 +207,9 @@ class TrainingMemory:
     optimizer: int
     """AdamW's two moments, float32."""
     activations: int
-    """What the backward pass needs of the forward pass."""
+    """What the backward pass needs of the forward pass, and what it works on."""
     loss: int
-    """A chunk of logits with its gradient and, where the embedding is trained, the head's part of its gradient."""
+    """A chunk of logits and, where the embedding is trained, the head's part of its gradient."""
 
     @property
     def total(self) -> int:
@@ -272,7 +272,9 @@ def adapter_training(
     weights = weight_bytes(config, weight_format)
     if weight_format in ("q8", "q4"):
         weights += 2 * max(outputs * inputs for outputs, inputs in layer_matrices(config).values())
-    activations = activation_bytes(config, batch_size=batch_size, length=length, checkpointing=checkpointing)
+    activations = activation_bytes(
+        config, batch_size=batch_size, length=length, checkpointing=checkpointing, frozen=True
+    )
     num_layers = 1 if checkpointing else config.num_hidden_layers
     activations += 2 * rank * len(modules) * num_layers * batch_size * length
     return TrainingMemory(
@@ -305,48 +307,48 @@ def adapter_parameters(config: Gemma2Config, *, rank: int, modules: Iterable[str
     return config.num_hidden_layers * per_layer
 
 
-def activation_bytes(config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool) -> int:
-    """What the backward pass keeps of the forward pass, in bf16 with norms, RoPE and scores in float32.
+def activation_bytes(
+    config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool, frozen: bool = False
+) -> int:
+    """What the backward pass keeps of the forward pass, in bf16, and what it works on at once.
 
     For each token and layer, in bytes:
 
-        norms         36 · D               four inputs and their normed values in float32, two outputs in bf16
-        attention     6 · N·H + 6 · K·H    q and k in float32 (scaled scores), v and the output in bf16
-        scores        10 · N · keys met    tanh and softmax in float32, weights in bf16
-        MLP           8 · I                gate, its GELU, up, and their product
+        norms         8 · D                their four inputs
+        attention     4 · N·H + 4 · K·H    q, k, v and the output
+        MLP           4 · I                gate and up
+        trained maps  4 · D + 2 · I        the results of two norms and of GeGLU; beside frozen weights, adapters have
+                                           them made again
 
-    A query block meets the keys that some of its queries can see: in a global layer those before it and its own, in
-    a local one W more than its own at most. With checkpointing each layer keeps its input, 2 · D a token, and the
-    layer that is being computed again keeps the above.
+    No scores are kept; the backward pass makes those of `QUERY_BLOCK` queries again. With checkpointing each layer
+    keeps its input, 2 · D a token, and the layer that is being computed again keeps the above. What is worked on is the
+    larger of 18 bytes for each score of a block, and four values as wide as the MLP for each token.
 
     Args:
         config: the architecture.
         batch_size: B, sequences that go through at once.
         length: L, tokens of each.
         checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        frozen: whether what is trained are adapters.
     """
-    layers = [
-        _layer_activation_bytes(config, length, local=config.is_local(i)) for i in range(config.num_hidden_layers)
-    ]
-    # The last norm, its output (kept by the loss) and the gradient that the loss forms for it.
-    outside = 12 * config.hidden_size * length
-    if checkpointing:
-        return batch_size * (2 * config.hidden_size * length * config.num_hidden_layers + max(layers) + outside)
-    return batch_size * (sum(layers) + outside)
+    layer = kept_layer_bytes(config, frozen=frozen)
+    layers = config.num_hidden_layers
+    per_token = layer + 2 * config.hidden_size * layers if checkpointing else layer * layers
+    # The last norm's input, its output (kept by the loss) and the gradient that the loss forms for it.
+    per_token += 6 * config.hidden_size
+    scores = 18 * config.num_attention_heads * min(length, QUERY_BLOCK) * length
+    mlp = 4 * 2 * config.intermediate_size * length
+    return batch_size * (length * per_token + max(scores, mlp))
 
 
-def _layer_activation_bytes(config: Gemma2Config, length: int, *, local: bool) -> int:
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    per_token = 36 * config.hidden_size + 6 * queries + 6 * keys + 8 * config.intermediate_size
-    num_scores = 0
-    for first_query in range(0, length, QUERY_BLOCK):
-        last_query = min(first_query + QUERY_BLOCK, length)
-        first_key = max(0, first_query - config.sliding_window + 1) if local else 0
-        num_scores += (last_query - first_query) * (last_query - first_key)
-    return length * per_token + 10 * config.num_attention_heads * num_scores
+def kept_layer_bytes(config: Gemma2Config, *, frozen: bool) -> int:
+    """What the backward pass keeps of one layer, for each token; see `activation_bytes`."""
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    kept = 8 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
+    kept += 4 * 4  # 1 / rms of each norm's input, in float32
+    return kept if frozen else kept + 4 * config.hidden_size + 2 * config.intermediate_size
 
 
 def _loss_bytes(config: Gemma2Config) -> int:
-    # Logits and their gradient in float32, one more for the cap's derivative, and the gradient in bf16.
-    return loss_chunk_tokens(config.vocab_size) * config.vocab_size * (3 * 4 + 2)
+    # A chunk's logits in bf16, whose place their gradient takes, and five float32 values for each of a block.
+    return loss_chunk_tokens(config.vocab_size) * config.vocab_size * 2 + 5 * 4 * BLOCK_LOGITS

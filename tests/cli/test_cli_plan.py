@@ -56,7 +56,7 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
     full = plan(capsys, *options, "--train", "full")["training"]
     expected = activation_bytes(PRESETS["2b"], batch_size=2, length=1024, checkpointing=True)
     assert full["with_checkpointing"]["activations"] == expected
-    assert full["without_checkpointing"]["activations"] > 10 * expected
+    assert full["without_checkpointing"]["activations"] > 8 * expected
     assert full["with_checkpointing"]["verdicts"] == {"80.0 GiB": "fits"}
     lora = plan(capsys, *options, "--train", "lora", "--rank", "8", "--modules", "q_proj,v_proj")["training"]
     assert lora["with_checkpointing"]["master_weights"] == 4 * 8 * 26 * (2304 + 2048 + 2304 + 1024)

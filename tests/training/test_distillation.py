@@ -224,5 +224,5 @@ def test_mistakes() -> None:
         Divergence(hard_label_weight=math.nan)
     inputs = Inputs()
     other = TeacherLogits(at=lambda rows: torch.zeros(len(rows), 36), cap=None)
-    with pytest.raises(ValueError, match=r"logits of 7 tokens for the student's 37 words, but gives \(7, 36\)"):
+    with pytest.raises(ValueError, match=r"logits of 6 tokens for the student's 37 words, but gives \(6, 36\)"):
         inputs.loss(other, Divergence())

@@ -15,13 +15,12 @@ Axes: … any, D width, R rows of one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK_VALUES: Final = 1 << 18
-"""Values that are worked on at once on a CPU: 1 MiB in float32, half of what two second-level caches hold."""
+from gemma2.memory import BLOCK_VALUES
 
 
 class Recipe:

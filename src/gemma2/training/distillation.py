@@ -149,7 +149,7 @@ def linear_divergence(
         losses = []
         for block in blocks(logits_CV):
             places_R = places_C[block]
-            capped_RV, tanh_RV = widen_and_cap(logits_CV[block], cap)
+            capped_RV, sigmoid_RV = widen_and_cap(logits_CV[block], cap)
             if isinstance(teacher, TeacherLogits):
                 teacher_RV, _ = widen_and_cap(teacher_CV[block], teacher.cap)
                 soft_R, gradient_RV = _whole_divergence(capped_RV, teacher_RV, divergence)
@@ -165,7 +165,7 @@ def linear_divergence(
                 )
             losses.append(loss)
             if needs_gradient:
-                write_gradient(logits_CV[block], gradient_RV, tanh_RV)
+                write_gradient(logits_CV[block], gradient_RV, sigmoid_RV)
         return torch.stack(losses).sum()
 
     return chunked_head_loss(

@@ -70,16 +70,14 @@ def linear_cross_entropy(
 def _block_loss(logits_RV: Tensor, labels_R: Tensor, cap: float | None, needs_gradient: bool) -> Tensor:
     """The summed loss of a block; see `ChunkLoss`."""
     labels_R1 = labels_R[:, None]
-    capped_RV, tanh_RV = widen_and_cap(logits_RV, cap)
-    targets_R1 = capped_RV.gather(1, labels_R1)
-    highest_R1 = capped_RV.amax(1, keepdim=True)
-    exponentials_RV = (capped_RV - highest_R1).exp_()
-    sums_R1 = exponentials_RV.sum(1, keepdim=True)
-    loss = (sums_R1.log() + highest_R1 - targets_R1).sum()
+    capped_RV, sigmoid_RV = widen_and_cap(logits_RV, cap)
+    probabilities_RV = torch.softmax(capped_RV, dim=1)
+    # The most probable word is never so improbable that the log of its probability would lose anything.
+    log_normalizers_R1 = capped_RV.amax(1, keepdim=True) - probabilities_RV.amax(1, keepdim=True).log()
+    loss = (log_normalizers_R1 - capped_RV.gather(1, labels_R1)).sum()
     if needs_gradient:
-        gradient_RV = exponentials_RV.div_(sums_R1)
-        gradient_RV.scatter_add_(1, labels_R1, torch.full_like(targets_R1, -1.0))
-        write_gradient(logits_RV, gradient_RV, tanh_RV)
+        gradient_RV = probabilities_RV.scatter_add_(1, labels_R1, torch.full_like(log_normalizers_R1, -1.0))
+        write_gradient(logits_RV, gradient_RV, sigmoid_RV)
     return loss
 
 

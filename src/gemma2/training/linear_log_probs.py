@@ -22,6 +22,7 @@ from gemma2.training.head_loss import (
     add_product,
     blocks,
     logit_chunks,
+    to_hidden,
     trained_places,
     wide_dtype,
     widen_and_cap,
@@ -84,7 +85,7 @@ class _LinearLogProbs(torch.autograd.Function):
         for places_C, _, logits_CV in logit_chunks(hidden_TD, embedding, places_N, chunk_size):
             log_probs_T[places_C] = _chunk_log_probs(logits_CV, labels_T[places_C], cap, None, needs_hidden)
             if hidden_slopes_TD is not None:
-                hidden_slopes_TD[places_C] = (logits_CV @ embedding).to(hidden_TD.dtype)
+                hidden_slopes_TD[places_C] = to_hidden(logits_CV, embedding).to(hidden_TD.dtype)
         if needs_embedding:
             ctx.save_for_backward(hidden_slopes_TD, labels_T, hidden_TD, embedding_VD)
         else:
@@ -119,7 +120,7 @@ def _chunk_log_probs(
     log_probs = []
     for block in blocks(logits_CV):
         logits_RV, labels_R1 = logits_CV[block], labels_C[block, None]
-        capped_RV, tanh_RV = widen_and_cap(logits_RV, cap)
+        capped_RV, sigmoid_RV = widen_and_cap(logits_RV, cap)
         log_probs_RV = torch.log_softmax(capped_RV, dim=1)
         log_probs_R1 = log_probs_RV.gather(1, labels_R1)
         log_probs.append(log_probs_R1.squeeze(1))
@@ -128,5 +129,5 @@ def _chunk_log_probs(
             gradient_RV.scatter_add_(1, labels_R1, torch.ones_like(log_probs_R1))
             if weights_C is not None:
                 gradient_RV *= weights_C[block, None]
-            write_gradient(logits_RV, gradient_RV, tanh_RV)
+            write_gradient(logits_RV, gradient_RV, sigmoid_RV)
     return torch.cat(log_probs)
