@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gemma2.errors import (
     ConfigError,
     ContextLengthError,
     Gemma2Error,
+    KVCacheFullError,
     MissingDependencyError,
     SamplingError,
     TokenizerError,
@@ -138,6 +140,34 @@ def test_chat_reads_the_chat_format(llm: LLM) -> None:
     llm.chat([{"role": "system", "content": "be brief"}, *messages], max_tokens=1)
 
 
+def test_threads_may_use_one_model(llm: LLM) -> None:
+    prompts = ["the cat", "a dog then", "she was where he", "new green river"]
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    texts = [llm.generate(prompt, **options).text for prompt in prompts]
+    logits = [llm.logits(llm.tokenizer.encode(prompt)) for prompt in prompts]
+
+    def use(index: int) -> bool:
+        prompt = prompts[index % 4]
+        return (
+            llm.generate(prompt, **options).text == texts[index % 4]
+            and "".join(llm.stream(prompt, **options)) == texts[index % 4]
+            and np.array_equal(llm.logits(llm.tokenizer.encode(prompt)), logits[index % 4])
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(use, range(24)))
+    assert isinstance(llm.backend, CpuBackend) and llm.backend.kv_cache_used_bytes == 0
+
+
+def test_a_text_that_is_ended_from_outside_does_not_end_in_silence(llm: LLM) -> None:
+    pieces = llm.stream("the cat", max_tokens=20, temperature=0, ignore_eos=True)
+    next(pieces)
+    for request_id in list(llm.engine._requests):
+        llm.engine.abort(request_id)
+    with pytest.raises(Gemma2Error, match="the text was ended from outside"):
+        list(pieces)
+
+
 def test_config_and_tokenizer(llm: LLM, folder: Path) -> None:
     assert llm.config == Gemma2Config.from_json_file(folder)
     assert llm.tokenizer.decode(llm.tokenizer.encode("the cat sees")) == "the cat sees"
@@ -196,7 +226,30 @@ def test_a_folder_of_packed_weights(folder: Path, tmp_path: Path) -> None:
         gemma2.load(packed, backend="torch")
 
 
-def test_a_large_model_is_quantized_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_beside_a_whole_model_are_told(folder: Path, tmp_path: Path) -> None:
+    both = copy_of(folder, tmp_path / "both")
+    save_packed(tmp_path / "q4", open_checkpoint(folder), "q4", num_threads=2)
+    (both / "model-q4.gemma2.safetensors").symlink_to(tmp_path / "q4" / "model-q4.gemma2.safetensors")
+    sentences: list[str] = []
+    loaded = gemma2.load(both, backend="cpu", notify=sentences.append)
+    assert isinstance(loaded.backend, CpuBackend) and loaded.backend.weights == "float32"
+    assert len(sentences) == 1 and "model-q4.gemma2.safetensors, which are not used" in sentences[0]
+    gemma2.load(folder, backend="cpu", notify=sentences.append)
+    gemma2.load(tmp_path / "q4", notify=sentences.append)
+    assert len(sentences) == 1
+
+
+def test_the_cache_takes_no_more_than_it_is_given(folder: Path) -> None:
+    small = gemma2.load(folder, backend="cpu", kv_cache_bytes=1)  # room for one sequence, as always
+    prompts, options = ["the cat", "a dog"], {"max_tokens": 50, "ignore_eos": True}
+    with pytest.raises(KVCacheFullError, match="kv_cache_bytes"):
+        small.generate(prompts, **options)
+    gemma2.load(folder, backend="cpu", kv_cache_bytes=1 << 24).generate(prompts, **options)
+
+
+def test_a_large_model_is_quantized_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(api, "SMALL_MODEL_PARAMETERS", 0)
     monkeypatch.setattr("gemma2.checkpoints.packed_cache.SMALL_MODEL_PARAMETERS", 0)
     monkeypatch.setenv("GEMMA2_CACHE", str(tmp_path / "cache"))
@@ -205,9 +258,14 @@ def test_a_large_model_is_quantized_once(folder: Path, tmp_path: Path, monkeypat
     first = gemma2.load(folder, backend="cpu", notify=sentences.append, progress=lambda *both: done.append(both))
     assert isinstance(first.backend, CpuBackend) and first.backend.weights == "q4"
     assert str(tmp_path / "cache") in sentences[0] and done[-1][0] == done[-1][1]
+    capsys.readouterr()
+    (tmp_path / "cache").rename(tmp_path / "other")
+    gemma2.load(folder, backend="cpu")
+    err = capsys.readouterr().err
+    assert err == f"gemma2: {sentences[0]}\n", "who gives no function reads it, as it takes minutes"
     sentences.clear()
     second = gemma2.load(folder, backend="cpu", notify=sentences.append)
-    assert not sentences
+    assert not sentences and not capsys.readouterr().err
     assert np.array_equal(first.logits([2, 300]), second.logits([2, 300]))
 
 
@@ -254,9 +312,15 @@ def test_the_bundled_model_is_the_default(folder: Path, monkeypatch: pytest.Monk
         ({"backend": "cpu", "device": "cuda"}, ConfigError, r"device='cuda' is one of torch's, but the CPU engine is"),
         ({"weights": "q4", "device": "cuda"}, ConfigError, r"the CPU engine is to run the model, as weights='q4' need"),
         ({"backend": "torch", "weights": "q8"}, ConfigError, r"weights='q8' run in the CPU engine only"),
-        ({"backend": "torch", "num_threads": 2}, ConfigError, r"num_threads and kv_cache are settings of the CPU"),
-        ({"backend": "torch", "kv_cache": "int8"}, ConfigError, r"num_threads and kv_cache are settings of the CPU"),
+        ({"backend": "torch", "num_threads": 2}, ConfigError, r"num_threads, kv_cache and kv_cache_bytes are settings"),
+        (
+            {"backend": "torch", "kv_cache": "int8"},
+            ConfigError,
+            r"num_threads, kv_cache and kv_cache_bytes are settings",
+        ),
         ({"backend": "cpu", "kv_cache": "int4"}, ConfigError, r"kv_cache must be one of auto, float32, bfloat16, int8"),
+        ({"backend": "torch", "kv_cache_bytes": 9}, ConfigError, r"kv_cache_bytes are settings of the CPU engine"),
+        ({"backend": "cpu", "kv_cache_bytes": 0}, ConfigError, r"kv_cache_bytes must be a whole number of at least 1"),
         ({"backend": "cpu", "num_threads": 0}, ConfigError, r"num_threads must be a whole number from 1 to 1024"),
         ({"backend": "torchh"}, ConfigError, r"backend must be one of .* but is 'torchh'. Did you mean 'torch'\?"),
         ({"weights": "bf16"}, ConfigError, r"weights must be one of auto, float32, bfloat16, q8, q4, but is 'bf16'"),
@@ -271,6 +335,13 @@ def test_arguments_that_cannot_be(
 ) -> None:
     with pytest.raises(error, match=message):
         gemma2.load(folder, **arguments)
+
+
+def test_a_cache_that_cannot_be_is_refused_before_any_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "packed_model", lambda *args, **options: pytest.fail("rounds for minutes first"))
+    for arguments in ({"kv_cache": "int4"}, {"kv_cache_bytes": 0}):
+        with pytest.raises(ConfigError, match="kv_cache"):
+            gemma2.load(folder, backend="cpu", **arguments)
 
 
 def test_models_that_cannot_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +390,17 @@ def test_without_torch_the_error_says_what_to_install(folder: Path, monkeypatch:
     monkeypatch.setattr("gemma2.api.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'gemma2\[torch\]'"):
         gemma2.load(folder, backend="torch")
+
+
+def test_what_the_package_offers(folder: Path) -> None:
+    program = "import sys, gemma2; print([name for name in ('numpy', 'gemma2.api') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+    assert gemma2.LLM is LLM and gemma2.Gemma2Error is Gemma2Error and set(dir(gemma2)) == set(gemma2.__all__)
+    with pytest.raises(gemma2.Gemma2Error):
+        gemma2.load(folder / "nothing")
+    with pytest.raises(AttributeError, match="has no attribute 'LLMs'"):
+        gemma2.LLMs  # noqa: B018
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +21,15 @@ import numpy.typing as npt
 
 from gemma2.checkpoints import is_packed, open_adapter, open_checkpoint, open_packed, packed_model, resolve_model
 from gemma2.config import Gemma2Config
-from gemma2.errors import CheckpointError, ConfigError, MissingDependencyError, SamplingError, nearest_name
-from gemma2.generation import Completion, Engine, Prompt
+from gemma2.errors import (
+    CheckpointError,
+    ConfigError,
+    Gemma2Error,
+    MissingDependencyError,
+    SamplingError,
+    nearest_name,
+)
+from gemma2.generation import Completion, Engine, Prompt, TextDelta
 from gemma2.sampling import SamplingParams
 from gemma2.step import Backend, Logits
 from gemma2.text import Message, Tokenizer, encode_chat
@@ -34,7 +42,7 @@ SMALL_MODEL_PARAMETERS: Final = 20_000_000
 
 
 class LLM:
-    """A loaded model with its tokenizer.
+    """A loaded model with its tokenizer. Several threads may use it at once; their texts share steps.
 
     Attributes:
         config: the architecture.
@@ -97,9 +105,9 @@ class LLM:
         """Continues a text and gives out each piece as soon as it is certain; arguments as `generate`.
 
         Mistakes are raised here and now, before the first piece is asked for. Closing the iterator ends the request.
+        If another thread's step for this text fails, the iterator raises Gemma2Error.
         """
-        deltas = self.engine.stream(prompt, self.sampling_params(params, **options))
-        return (delta.text for delta in deltas if delta.text)
+        return _texts(self.engine.stream(prompt, self.sampling_params(params, **options)))
 
     def chat(
         self,
@@ -168,10 +176,11 @@ def load(
     revision: str | None = None,
     num_threads: int | None = None,
     kv_cache: str = "auto",
+    kv_cache_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    notify: Callable[[str], None] = lambda sentence: None,
+    notify: Callable[[str], None] | None = None,
 ) -> LLM:
-    """Loads a model.
+    """Loads a model, which several threads may use at once.
 
     Args:
         model: a folder with config.json, safetensors and a tokenizer; one that `gemma2 quantize` wrote; the name of a
@@ -188,8 +197,11 @@ def load(
         num_threads: threads of the CPU engine; None for one on each physical core.
         kv_cache: what the CPU engine keeps keys and values in: "float32", "bfloat16", "int8", or "auto": float32
             beside float32 weights, else bfloat16.
+        kv_cache_bytes: the most memory that keys and values of the CPU engine may take; None for half of what the
+            machine, or its container, has.
         progress: while weights are quantized, called with (bytes done, bytes in all).
-        notify: given a sentence before work that takes its time: that a folder is quantized, and where it is kept.
+        notify: given a sentence where something takes its time or is not as it seems: that a folder is quantized, and
+            where that is kept; that packed weights lie unused beside others. None writes them to standard error.
 
     Raises:
         CheckpointError: there is no such model, or its files are incomplete or damaged.
@@ -204,8 +216,10 @@ def load(
     if model is None and not BUNDLED_FOLDER.is_dir():
         raise CheckpointError(f"{BUNDLED_FOLDER}: this installation has no bundled model; name a folder or a model")
     backend = _choose_backend(backend, weights=weights, device=device)
-    if backend == "torch" and (num_threads is not None or kv_cache != "auto"):
-        raise ConfigError("num_threads and kv_cache are settings of the CPU engine, but torch is to run the model")
+    if backend == "torch" and (num_threads is not None or kv_cache != "auto" or kv_cache_bytes is not None):
+        raise ConfigError(
+            "num_threads, kv_cache and kv_cache_bytes are settings of the CPU engine, but torch is to run the model"
+        )
     folder = BUNDLED_FOLDER if model is None else resolve_model(model, revision=revision)
     # Reading a tokenizer takes as long as all the rest, and leaves Python free meanwhile.
     with ThreadPoolExecutor(max_workers=1) as executor:
@@ -213,7 +227,16 @@ def load(
         if backend == "torch":
             runner = _torch_backend(folder, adapter, weights, device)
         else:
-            runner = _cpu_backend(folder, adapter, weights, num_threads, kv_cache, progress, notify)
+            runner = _cpu_backend(
+                folder,
+                adapter,
+                weights=weights,
+                num_threads=num_threads,
+                kv_cache=kv_cache,
+                kv_cache_bytes=kv_cache_bytes,
+                progress=progress,
+                notify=notify or _write_to_stderr,
+            )
         tokenizer = coming_tokenizer.result()
     tokenizer.check_fits(runner.config)
     stop_token_ids = _generation_stop_ids(folder, runner.config)
@@ -257,15 +280,18 @@ def _has_cuda() -> bool:
 def _cpu_backend(
     folder: Path,
     adapter: str | Path | None,
+    *,
     weights: str,
     num_threads: int | None,
     kv_cache: str,
+    kv_cache_bytes: int | None,
     progress: Callable[[int, int], None] | None,
     notify: Callable[[str], None],
 ) -> Backend:
-    from gemma2.cpu import CpuBackend, resolve_num_threads
+    from gemma2.cpu import CpuBackend, check_kv_cache, resolve_num_threads
 
     num_threads = resolve_num_threads(num_threads)
+    check_kv_cache(kv_cache, kv_cache_bytes)  # not only after minutes of rounding
     if is_packed(folder):
         file = open_packed(folder)
         if weights not in ("auto", file.format):
@@ -273,14 +299,15 @@ def _cpu_backend(
                 f"{folder}: its weights are {file.format}, and {weights} cannot be made of them; leave weights out, or "
                 "quantize the original model"
             )
+        added = None if adapter is None else open_adapter(adapter, file.config)
         packed = file.load(num_threads=num_threads)
     else:
         checkpoint = open_checkpoint(folder)
+        added = None if adapter is None else open_adapter(adapter, checkpoint.config)  # before what takes a minute
         if weights == "auto":
             weights = "float32" if _is_small(checkpoint.config) else "q4"
         packed = packed_model(checkpoint, weights, num_threads=num_threads, progress=progress, notify=notify)
-    added = None if adapter is None else open_adapter(adapter, packed.config)
-    return CpuBackend(packed, num_threads=num_threads, kv_cache=kv_cache, adapter=added)
+    return CpuBackend(packed, num_threads=num_threads, kv_cache=kv_cache, kv_cache_bytes=kv_cache_bytes, adapter=added)
 
 
 def _torch_backend(folder: Path, adapter: str | Path | None, weights: str, device: str | None) -> Backend:
@@ -303,6 +330,10 @@ def _torch_backend(folder: Path, adapter: str | Path | None, weights: str, devic
         fold_adapter(loaded, open_adapter(adapter, checkpoint.config))
     pack_linear_layers(loaded)  # it will only be run
     return TorchBackend(loaded)
+
+
+def _write_to_stderr(sentence: str) -> None:
+    print(f"gemma2: {sentence}", file=sys.stderr, flush=True)
 
 
 def _is_small(config: Gemma2Config) -> bool:
@@ -336,6 +367,14 @@ def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(
             f"{name} must be one of {', '.join(known)}, but is {value!r}.{nearest_name(str(value), known)}"
         )
+
+
+def _texts(deltas: Iterator[TextDelta]) -> Iterator[str]:
+    for delta in deltas:
+        if delta.text:
+            yield delta.text
+        if delta.finish_reason == "abort":
+            raise Gemma2Error("the text was ended from outside: it was aborted, or a step that it shared failed")
 
 
 def _is_one_prompt(prompt: object) -> bool:

@@ -24,6 +24,12 @@ SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
 LAYER_TYPES: Final = (SLIDING, FULL)
 ACTIVATIONS: Final = ("gelu_pytorch_tanh",)
+MAX_LAYERS: Final = 10_000
+"""Many times the deepest model there is. A file that asks for more is damaged; listing its tensors takes all memory."""
+MAX_SIZE: Final = 2**31 - 1
+"""Of a width, a vocabulary or a length: what an int32, and so a token id or a position, can count."""
+FLOAT32_RANGE: Final = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+"""The smallest and the largest number that float32 holds with all its digits."""
 _FLOATS: Final = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -91,8 +97,9 @@ class Gemma2Config:
     bos_token_id: int = 2
 
     def __post_init__(self) -> None:
-        if self.layer_types in ((), []) and isinstance(self.num_hidden_layers, int):
-            object.__setattr__(self, "layer_types", alternating_layer_types(self.num_hidden_layers))
+        num_layers = self.num_hidden_layers
+        if self.layer_types in ((), []) and isinstance(num_layers, int) and num_layers <= MAX_LAYERS:
+            object.__setattr__(self, "layer_types", alternating_layer_types(num_layers))
         if not isinstance(self.layer_types, list | tuple):
             raise ConfigError(f"layer_types must be a list with one name for each layer, but is {self.layer_types!r}")
         object.__setattr__(self, "layer_types", tuple(self.layer_types))
@@ -113,6 +120,10 @@ class Gemma2Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, but is {value!r}")
+            largest = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+            if value > largest:
+                shown = value if value < 10**20 else "far more"
+                raise ConfigError(f"{name} must be at most {largest}, more than any model has, but is {shown}")
         for name in ("query_pre_attn_scalar", "rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
             if not _is_positive_number(value):
@@ -121,6 +132,13 @@ class Gemma2Config:
             value = getattr(self, name)
             if value is not None and not _is_positive_number(value):
                 raise ConfigError(f"{name} must be a number above 0, or null for no cap, but is {value!r}")
+        for name in ("query_pre_attn_scalar", *_FLOATS):
+            value = getattr(self, name)
+            if value is not None and not FLOAT32_RANGE[0] <= value <= FLOAT32_RANGE[1]:
+                raise ConfigError(
+                    f"{name} must be a number that float32 holds, from {FLOAT32_RANGE[0]:.2g} to "
+                    f"{FLOAT32_RANGE[1]:.2g}, but is {value:.3g}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, so that each key is shared by "

@@ -54,7 +54,13 @@ class MissingDependencyError(Gemma2Error):
     """A library that this feature needs is not installed; the message names the command that installs it."""
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Returns ``" Did you mean 'x'?"`` for the nearest of `known` to `name`, or an empty string if none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
+def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Returns ``" Did you mean 'x'?"`` for the nearest of `known` to `name`, or an empty string if none is near.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        cutoff: how much alike they must be, from 0 to 1; more than usual where `known` was not made to be like `name`.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -127,7 +127,7 @@ def test_a_damaged_copy_is_made_again(checkpoint: Checkpoint, cache: Path) -> No
     for damaged in (data[:5000], data[:-1] + bytes([data[-1] ^ 1]), b""):
         (cache / name).write_bytes(damaged)
         assert_same(told.get(checkpoint), pack_model(checkpoint, "q4", num_threads=1))
-        assert "It is made again now" in told.sentences[-2]
+        assert told.sentences[-2] == f"{cache / name}: the copy of the rounded weights is damaged; it is made again now"
     assert told.num_rounded == 4
 
 
@@ -143,6 +143,18 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     assert_same(told.get(checkpoint), pack_model(checkpoint, "q4", num_threads=1))
     assert "No space left on device" in told.sentences[-1]
     assert copies(cache) == []
+
+
+def test_a_limit_on_files_is_told_with_the_place(
+    checkpoint: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(packed_cache, "write_packed_file", refuse)
+    told = Told()
+    told.get(checkpoint)
+    assert told.sentences[-1].startswith(f"{cache}: File too large; the rounded weights cannot be kept")
 
 
 def test_a_copy_is_found_where_nothing_can_be_written(

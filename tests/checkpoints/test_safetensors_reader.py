@@ -371,7 +371,7 @@ def test_a_single_file_beside_shards_is_ambiguous(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "it is empty"),
+        ([], "nor packed weights (*.gemma2.safetensors); it is empty"),
         (["notes.txt", "config.json"], "it has config.json, notes.txt"),
         (["gemma-2-2b-it-Q4_K_M.gguf"], "holds GGUF weights (gemma-2-2b-it-Q4_K_M.gguf), which are not read yet"),
         (["config.json", "pytorch_model.bin"], "PyTorch pickles (pytorch_model.bin)"),

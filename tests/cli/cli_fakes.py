@@ -73,7 +73,7 @@ class FakeBackend(Backend):
         self._seconds = seconds
         self._fail_at = fail_at
         self._interrupt_at = interrupt_at
-        self._num_steps = 0
+        self.num_steps = 0
         self.prompts: list[list[int]] = []
         """The token ids of each prompt."""
         self._numbers: dict[int, int] = {}
@@ -89,8 +89,8 @@ class FakeBackend(Backend):
 
     def forward(self, batch: StepBatch) -> Logits:
         time.sleep(self._seconds)
-        self._num_steps += 1
-        if self._num_steps - 1 in self._interrupt_at:
+        self.num_steps += 1
+        if self.num_steps - 1 in self._interrupt_at:
             signal.raise_signal(signal.SIGINT)
         rows = []
         for step in batch.steps:

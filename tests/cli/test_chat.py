@@ -214,6 +214,8 @@ def test_set_changes_and_shows_options(talk: Talk) -> None:
         ("/save x.txt", "x.txt: a conversation's file ends in .json or .md"),
         ("/save x.json", "there is nothing to save yet"),
         ("/load none.json", "none.json: cannot be read: No such file"),
+        ("/load x.md", "x.md: Markdown is for reading; only what /save wrote to a .json file can be loaded"),
+        ("/load x.txt", "x.txt: a conversation's file ends in .json; add"),
         ("/more", "there is no text yet"),
         (b"caf\xe9", "standard input, line 1: needs to be UTF-8, but byte 3 (0xe9) is not"),
     ],
@@ -348,6 +350,13 @@ def test_damaged_files_are_refused(talk: Talk, tmp_path: Path, content: str, mes
 def test_ctrl_c_ends_a_script(talk: Talk) -> None:
     status, out, _ = talk(FakeLLM(["abcdef"], interrupt_at=(2,)), "x", "y")
     assert (status, out) == (130, "abc\n")
+
+
+def test_ctrl_c_while_a_message_is_read(talk: Talk) -> None:
+    llm = FakeLLM(["abcdef"], context=2000, interrupt_at=(0,), is_chat_tuned=True)
+    status, out, err = talk(llm, "x" * 1200, "y")
+    assert (status, out.strip()) == (130, "") and "stopped before the first word" in err
+    assert llm.fake_backend.num_steps == 1
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:

@@ -109,6 +109,14 @@ def test_a_folder_shows_its_files_and_says_that_it_has_no_tokenizer(
     assert values["tensor_bytes"] == 4 * SMALL.count_parameters().total
 
 
+def test_packed_weights_beside_the_others_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "model-q4.gemma2.safetensors"
+    (folder / name).write_bytes(b"123")
+    (line,) = (line for line in inspect(capsys, str(folder)).splitlines() if line.startswith(name))
+    assert "packed weights, not used beside the others" in line
+    assert {"name": name, "bytes": 3} in inspect_json(capsys, str(folder))["files"]
+
+
 def test_a_folder_shows_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gemma2.text import train_tokenizer
 

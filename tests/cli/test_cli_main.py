@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from gemma2.errors import CheckpointError
 
 PRESENT = [verb for verb in VERBS if importlib.util.find_spec(f"gemma2.cli.{verb.replace('-', '_')}") is not None]
 HEAVY = ["torch", "numpy", "rich", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "pydantic", "yaml"]
+
+PYTHON = {**os.environ, "PYTHONPATH": str(Path(gemma2.__file__).parents[1])}
 
 
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
@@ -99,7 +102,22 @@ def test_an_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         (["plan", "2b", "more"], "one argument too many: 'more'; a text with spaces needs quotes around it"),
         (["plan", "2b", "--context", "long"], "argument --context: invalid int value: 'long'"),
         (["plan", "2b", "--train", "half"], "argument --train: invalid choice: 'half'"),
+        (["generate", "x", "--weights", "bf16"], "invalid choice: 'bf16' (choose from "),
+        (["generate", "x", "--weights", "bf16"], "Did you mean 'bfloat16'? (see gemma2 generate --help)"),
+        (["bench", "--weights", "bfloat"], "Did you mean 'bfloat16'?"),
+        (["generate", "x", "--threads", "0"], "argument --threads: must be a whole number from 1 to 1024, but is '0'"),
+        (["chat", "--threads", "1025"], "argument --threads: must be a whole number from 1 to 1024, but is '1025'"),
+        (["bench", "--threads", "two"], "argument --threads: must be a whole number from 1 to 1024, but is 'two'"),
+        (
+            ["generate", "x", "--max-tokens", "0"],
+            "whole number of at least 1, or none to go on to the context's end, but",
+        ),
         (["pull"], "the following arguments are required: REPO"),
+        (
+            ["quantize", "--calibrate", "text.txt", "source", "new"],
+            "the following arguments are required: SRC, DST; they go before --calibrate, which takes all that follows",
+        ),
+        (["quantize", "source"], "the following arguments are required: DST (see gemma2 quantize --help)"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_2(
@@ -168,6 +186,52 @@ def test_an_interrupt_passes_on_what_the_work_says(
     failing_verb.append(KeyboardInterrupt("stopped; run the same again to go on"))
     assert main(["generate"]) == 130
     assert capsys.readouterr().err == "gemma2: stopped; run the same again to go on\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_work_and_lets_it_clear_up(number: signal.Signals, tmp_path: Path) -> None:
+    program = f"""
+import os, signal, sys, types
+from gemma2.cli.main import main
+def run(args):
+    try:
+        os.kill(os.getpid(), {number:d})
+        return 0
+    finally:
+        os.kill(os.getpid(), {number:d})  # the second one does not disturb
+        open({str(tmp_path / "cleared")!r}, "w").close()
+        raise OSError("the terminal is gone")
+module = types.ModuleType("gemma2.cli.generate")
+module.add_arguments, module.run = (lambda parser: None), run
+sys.modules["gemma2.cli.generate"] = module
+signal.signal({number:d}, signal.SIG_DFL)
+print("before")
+sys.exit(main(["generate"]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], env=PYTHON, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (128 + number, "before\n")
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "cleared").exists()
+
+
+def test_signals_that_are_ignored_or_taken_are_left_alone() -> None:
+    program = """
+import os, signal, sys, types
+from gemma2.cli.main import main
+def run(args):
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 0
+module = types.ModuleType("gemma2.cli.generate")
+module.add_arguments, module.run = (lambda parser: None), run
+sys.modules["gemma2.cli.generate"] = module
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+signal.signal(signal.SIGTERM, lambda number, frame: print("taken"))
+assert main(["generate"]) == 0
+assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+"""
+    result = subprocess.run([sys.executable, "-c", program], env=PYTHON, capture_output=True, text=True)
+    assert (result.stderr, result.stdout, result.returncode) == ("", "taken\n", 0)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ def test_what_people_read_has_no_escape_codes_in_a_pipe(train: list[str], capsys
     assert "\x1b" not in text and "─" not in text
 
 
+def test_the_memory_that_is_named_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "2b", "--memory", "3GiB"]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "Judged by 3.00 GiB of memory"
+
+
 def test_a_folder_needs_only_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     PRESETS["2b"].replace(num_hidden_layers=2).to_json_file(tmp_path / "config.json")
     values = plan(capsys, str(tmp_path))

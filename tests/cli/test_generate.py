@@ -393,9 +393,12 @@ def test_ctrl_c_keeps_what_there_is_in_json(install: Install, capsys: pytest.Cap
 
 
 def test_ctrl_c_before_the_first_word(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
-    # The prompt is read in two steps; only the second Ctrl-C breaks into them.
-    install(FakeLLM(["abcdef"], context=2000, interrupt_at=(0, 1)))
+    # The prompt is read in three steps, and the first is its last.
+    llm = FakeLLM(["abcdef"], context=2000, interrupt_at=(0,))
+    install(llm)
     assert main(["generate", "x" * 1200, "--json"]) == 130
+    assert llm.fake_backend.num_steps == 1
+    assert not llm.engine.has_unfinished_requests()
     result = json.loads(capsys.readouterr().out)
     assert (result["text"], result["finish_reason"]) == ("", "abort")
     assert result["timings"]["prompt_tokens_per_second"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from gemma2.api import BUNDLED_FOLDER, LLM
-from gemma2.checkpoints import Checkpoint, expected_tensors, open_checkpoint, save_checkpoint
+from gemma2.checkpoints import Checkpoint, expected_tensors, open_checkpoint, open_packed, save_checkpoint
 from gemma2.checkpoints.packing import pack_model
 from gemma2.cli.main import EXIT_FAILED, main
 from gemma2.config import FULL, SLIDING, Gemma2Config
@@ -205,6 +206,7 @@ def test_texts_are_cut_into_sequences() -> None:
     assert [len(ids) for ids in sequences] == [128, 3, 128]  # no text gives more than an eighth, or one sequence
     assert all(ids[0] == 2 and 2 not in ids[1:] for ids in sequences)
     assert sequences[1].tolist() == [2, 7, 8]
+    assert sum(map(len, cut([[2, *range(10, 310)]], SMALL, num_tokens=200, bos_id=2))) in range(200, 204)  # no other
     with pytest.raises(DataError, match="hold no text"):
         cut([[2], []], SMALL, num_tokens=200, bos_id=2)
 
@@ -218,8 +220,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     for number, files in enumerate(([], [str(tmp_path / "text.jsonl")])):
         folder = str(tmp_path / str(number))
         assert main(["quantize", str(BUNDLED_FOLDER), folder, *options, "--calibrate", *files]) == 0
-        values = json.loads(capsys.readouterr().out)
-        assert values["calibrated"] is True
+        captured = capsys.readouterr()
+        values = json.loads(captured.out)
+        assert values["calibrated"] is True and open_packed(folder).is_calibrated
+        assert "far fewer" not in captured.err
         errors = {tensor["name"]: tensor["output_error"] for tensor in values["tensors"]}
         assert all(errors[name] < 0.05 for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
 
@@ -231,7 +235,33 @@ def test_the_commands_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         return capsys.readouterr().err.splitlines()[-1]
 
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "keys.jsonl").write_text('{"nottext": "a"}\n')
     assert "--calibrate is for q8 and q4" in refusal("--format", "bfloat16", "--calibrate")
     assert "goes with --calibrate" in refusal("--calibration-tokens", "100")
     assert "holds no document" in refusal("--calibrate", str(tmp_path / "empty.txt"))
     assert "nowhere.txt" in refusal("--calibrate", str(tmp_path / "nowhere.txt"))
+    missing = refusal("--calibrate", str(tmp_path / "keys.jsonl"))
+    assert missing.endswith("no key 'text'; the keys are 'nottext'. The text must be under 'text'.")
+
+
+def test_the_command_tells_of_little_text_and_what_it_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "little.txt").write_text("The ship came home. " * 20)
+    arguments = [str(BUNDLED_FOLDER), str(tmp_path / "new"), "--calibrate", str(tmp_path / "little.txt")]
+    assert main(["quantize", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert re.search(r"hold \d+ tokens, far fewer than 16,384", captured.err)
+    assert "new: q4, calibrated on files, the embedding in two planes; written in" in captured.out
+    assert "inputs of the calibration; not to be compared" in captured.out
+    assert main(["inspect", str(tmp_path / "new")]) == 0
+    assert "CPU engine: q4, calibrated, the embedding in two planes" in capsys.readouterr().out
+
+
+def test_progress_comes_to_all_the_work(tmp_path: Path) -> None:
+    checkpoint = random_model(tmp_path)
+    told: list[tuple[int, int]] = []
+    run = CalibrationRun(
+        checkpoint, [np.arange(20, dtype=np.int32)] * 3, num_threads=1, progress=lambda *work: told.append(work)
+    )
+    pack_model(checkpoint, "q4", num_threads=1, calibration=run)
+    assert told == sorted(told) and told[-1] == (run.work, run.work)
+    assert told[0][0] == 20

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from gemma2.cpu.backend import KV_CACHE_DTYPES
 from gemma2.cpu.threads import default_num_threads
 from gemma2.errors import ConfigError, KVCacheFullError
 from gemma2.quantization import PACKED_FORMATS, SECOND_PLANE
+from gemma2.step import Logits
 
 FORMATS = pytest.mark.parametrize("weights", PACKED_FORMATS)
 CACHES = pytest.mark.parametrize("kv_cache", KV_CACHE_DTYPES[1:])
@@ -259,3 +262,23 @@ def test_a_head_in_two_planes() -> None:
     assert refined.min() >= 40
     # Rows do not depend on each other here either.
     assert np.array_equal(run_in_chunks(CpuBackend(planes, num_threads=1, head_candidates=40), text, [50, 1]), some)
+
+
+def test_threads_wait_for_each_other() -> None:
+    """All passes go through the same buffers."""
+    texts = {index: ids(60, seed=index) for index in range(4)}
+    expected = {index: run_in_chunks(make_backend(), text, [7]) for index, text in texts.items()}
+    backend = make_backend()
+    together = threading.Barrier(len(texts))
+
+    def score(index: int) -> Logits:
+        together.wait()
+        logits = run_in_chunks(backend, texts[index], [7], sequence_id=index)
+        backend.free(index)
+        return logits
+
+    with ThreadPoolExecutor(len(texts)) as threads:
+        for _ in range(3):
+            for index, logits in enumerate(threads.map(score, texts)):
+                np.testing.assert_array_equal(logits, expected[index])
+    assert backend.kv_cache_used_bytes == 0

@@ -140,7 +140,7 @@ def test_an_empty_file_is_an_error_of_its_own(tmp_path: Path) -> None:
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a.jsonl", b'{"text": ""}\nnonsense\n')
-    with pytest.raises(DataError, match=r"no document is left to train on: 1 could not be read, 1 were empty;.*line 2"):
+    with pytest.raises(DataError, match=r"no document is left: 1 could not be read, 1 were empty;.*line 2"):
         list(iter_documents(tmp_path, on_error="skip"))
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from gemma2.generation import Completion, Engine, Prompt, TextDelta
 from gemma2.sampling import SamplingParams
+from gemma2.step import Logits, StepBatch
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -339,3 +343,101 @@ def test_scores_are_finite_for_every_prefix_length() -> None:
         np.testing.assert_allclose(engine.score(token_ids[:length]), whole[: length - 1], rtol=1e-6)
     assert whole.dtype == np.float32 and all(math.isfinite(value) and value < 0 for value in whole)
     assert backend.caches == {}
+
+
+# -- threads --------------------------------------------------------------------------------------------------------
+
+
+class SlowBackend(FakeBackend):
+    """Lets other threads run amid a step, and notices if two use it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users = 0
+
+    def forward(self, batch: StepBatch) -> Logits:
+        self.users += 1
+        time.sleep(0.002)
+        logits = super().forward(batch)
+        assert self.users == 1, "two threads are in the backend"
+        self.users -= 1
+        return logits
+
+
+def test_threads_share_steps_and_get_their_own_texts() -> None:
+    alone = [contents(new_engine(FakeBackend()).generate(*one)[0]) for one in zip(PROMPTS, PARAMS, strict=True)]
+    backend = SlowBackend()
+    engine = new_engine(backend, max_num_seqs=8, max_num_batched_tokens=64)
+    together = threading.Barrier(len(PROMPTS) + 1)
+
+    def generate(index: int) -> tuple[object, ...]:
+        together.wait()
+        if index % 2:
+            return contents(engine.generate(PROMPTS[index], PARAMS[index])[0])
+        *_, last = engine.stream(PROMPTS[index], PARAMS[index])
+        assert last.completion is not None
+        return contents(last.completion)
+
+    def look() -> list[list[float]]:
+        together.wait()
+        return [engine.score("hello").tolist() for _ in range(5)] + engine.logits("hello").tolist()
+
+    with ThreadPoolExecutor(len(PROMPTS) + 1) as threads:
+        looking = threads.submit(look)
+        assert list(threads.map(generate, range(len(PROMPTS)))) == alone
+        expected = new_engine(FakeBackend())
+        assert looking.result() == [expected.score("hello").tolist()] * 5 + expected.logits("hello").tolist()
+    assert max(len(batch) for batch in backend.batches) >= 3
+    assert backend.caches == {} and not engine.has_unfinished_requests()
+
+
+def test_no_thread_waits_for_the_end_of_anothers_text() -> None:
+    engine = new_engine(SlowBackend())
+    whole = SamplingParams(seed=1, ignore_eos=True)
+    with ThreadPoolExecutor(1) as threads:
+        long = threads.submit(engine.generate, "a", whole)
+        while not engine.num_running:
+            time.sleep(0.001)
+        engine.generate("b", whole.replace(max_tokens=3))
+        assert not long.done()
+
+
+def test_a_step_that_fails_in_another_thread_is_told() -> None:
+    backend = SlowBackend()
+    engine = new_engine(backend)
+    backend.fail_at = 20
+    together = threading.Barrier(2)
+
+    def generate(prompt: str) -> BaseException | None:
+        together.wait()
+        try:
+            engine.generate(prompt, SamplingParams(seed=1, ignore_eos=True))
+        except (MemoryError, RuntimeError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(2) as threads:
+        errors = sorted(type(error).__name__ for error in threads.map(generate, ["a", "b"]))
+    assert errors == ["MemoryError", "RuntimeError"]
+    assert backend.caches == {} and not engine.has_unfinished_requests()
+
+
+def test_a_stream_dropped_amid_a_step_ends_after_it() -> None:
+    """As the collector of garbage may do at any time; so does a handler of a signal that aborts a request."""
+    backend = FakeBackend()
+    engine = new_engine(backend)
+    streams = [engine.stream("a", SamplingParams(seed=1, ignore_eos=True))]
+    next(streams[0])
+    aborted = engine.add_request("b", SamplingParams(seed=1, ignore_eos=True))
+
+    def drop(history: list[int]) -> Logits:
+        streams.clear()
+        engine.abort(aborted)
+        assert 0 in backend.caches
+        return FakeBackend.logits_after(backend, history)
+
+    backend.logits_after = drop  # type: ignore[method-assign]
+    engine.step()
+    assert backend.caches == {}
+    assert [delta.finish_reason for delta in engine.step()] == ["abort"]
+    assert not engine.has_unfinished_requests()

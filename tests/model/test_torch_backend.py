@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from gemma2.config import Gemma2Config
 from gemma2.model import Gemma2ForCausalLM, TorchBackend
@@ -143,3 +147,22 @@ def test_forks_that_cannot_be() -> None:
         backend.fork(7, 8)
     with pytest.raises(ValueError, match="sequence 1 is in the cache already"):
         backend.fork(0, 1)
+
+
+def test_threads_wait_for_each_other() -> None:
+    class Watched(TorchBackend):
+        users = 0
+
+        def _advance(self, step: SequenceStep) -> Tensor:
+            self.users += 1
+            time.sleep(0.002)
+            assert self.users == 1, "two threads are in the model"
+            hidden = super()._advance(step)
+            self.users -= 1
+            return hidden
+
+    backend = Watched(model())
+    with ThreadPoolExecutor(3) as threads:
+        steps = [StepBatch(steps=(part(index, 0, 5),)) for index in range(9)]
+        logits = list(threads.map(backend.forward, steps))
+    assert all(np.array_equal(each, logits[0]) for each in logits)

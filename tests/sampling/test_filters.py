@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gemma2._kernels import available_isas
 from gemma2.errors import ConfigError
 from gemma2.sampling import SamplingParams
 from gemma2.sampling.filters import candidates, largest, nucleus, one_thread, penalize_repetition
@@ -204,7 +205,11 @@ def test_the_distribution_is_that_of_transformers(values: dict[str, Any], seed: 
 def test_an_instruction_set_that_there_is_not_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA2_ISA", "sse9")
     one_thread.cache_clear()
-    with pytest.raises(ConfigError, match=r"the instruction set \(GEMMA2_ISA\) must be one of .*, but is 'sse9'"):
+    with pytest.raises(ConfigError, match=r"GEMMA2_ISA must be an instruction set of this .*, but is 'sse9'"):
         one_thread()
+    for name in ("Scalar", "SCALAR", " scalar ", "Auto", ""):
+        monkeypatch.setenv("GEMMA2_ISA", name)
+        one_thread.cache_clear()
+        assert one_thread().isa == ("scalar" if "c" in name.lower() else available_isas()[0])
     monkeypatch.undo()
     assert one_thread().num_threads == 1

@@ -11,7 +11,7 @@ from gemma2.checkpoints.hub import pull
 from gemma2.checkpoints.layout import TOKENIZER_FILES
 from gemma2.checkpoints.names import expected_tensors
 from gemma2.checkpoints.packed_cache import packed_model
-from gemma2.checkpoints.packed_folder import is_packed, open_packed, save_packed
+from gemma2.checkpoints.packed_folder import is_packed, open_packed, save_packed, unused_packed_files
 from gemma2.checkpoints.packed_format import PackedFile
 from gemma2.checkpoints.resolve import resolve_model
 from gemma2.checkpoints.safetensors_reader import open_checkpoint
@@ -35,4 +35,5 @@ __all__ = [
     "resolve_model",
     "save_checkpoint",
     "save_packed",
+    "unused_packed_files",
 ]

@@ -62,7 +62,7 @@ def explain_no_weights(names: Sequence[str], *, folder: Path | None = None) -> s
     if adapter:
         return (
             f"holds an adapter ({first_few(adapter)}){_base_model(folder)}, not a whole model; open the model that it "
-            "was trained on and apply the adapter to it, or merge the two into a folder of their own first"
+            "was trained on and name this folder as its adapter (--adapter), or make one of both with `gemma2 merge`"
         )
     if gguf := _ending(names, ".gguf"):
         return (
@@ -84,7 +84,10 @@ def explain_no_weights(names: Sequence[str], *, folder: Path | None = None) -> s
     if folder is not None and (inner := _inner_model(folder)):
         return f"is not a model folder, but {inner} looks like one; open that"
     found = f"it has {first_few(sorted(names), limit=5)}" if names else "it is empty"
-    return f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there ({found})"
+    return (
+        f"holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there, nor packed weights (*{PACKED_SUFFIX}); "
+        f"{found}"
+    )
 
 
 def _ending(names: Iterable[str], *suffixes: str) -> list[str]:

@@ -22,8 +22,8 @@ from typing import Final
 
 from gemma2.cache_folder import cache_folder
 from gemma2.checkpoints.checkpoint import Checkpoint
-from gemma2.checkpoints.layout import PACKED_SUFFIX
-from gemma2.checkpoints.packed_folder import write_packed_file
+from gemma2.checkpoints.layout import PACKED_SUFFIX, first_few
+from gemma2.checkpoints.packed_folder import unused_packed_files, write_packed_file
 from gemma2.checkpoints.packed_format import FORMAT_VERSION, open_packed_file
 from gemma2.checkpoints.packing import Progress, pack_model
 from gemma2.checkpoints.safetensors_format import MAX_HEADER_BYTES
@@ -59,13 +59,21 @@ def packed_model(
         num_threads: threads that round and check.
         second_plane: whether the head gets two planes of 4 bits, see `SECOND_PLANE`; None: in q4.
         progress: is told of the bytes of the checkpoint that are done, and all, if it is rounded now.
-        notify: is given a sentence where the work takes its time or cannot be kept.
+        notify: is given a sentence where the work takes its time or cannot be kept, or where packed weights lie beside
+            the model, which are not used.
 
     Raises:
         CheckpointError: a weight is NaN, infinite or too large for the format, or a file cannot be read.
     """
+    if unused := unused_packed_files(checkpoint.folder):
+        names = first_few(file.name for file in unused)
+        notify(
+            f"{checkpoint.folder}: holds packed weights beside the model, {names}, which are not used; they run from a "
+            "folder of their own, with config.json and the tokenizer"
+        )
     is_small = checkpoint.config.count_parameters().total < SMALL_MODEL_PARAMETERS
     if weight_format not in ("float32", "bfloat16") and not is_small:
+        copy = None
         try:
             copy = _Copy.of(checkpoint, weight_format, second_plane=second_plane)
             # Without the lock first: a copy comes whole or not at all, and a cache that may only be read has no locks.
@@ -80,7 +88,8 @@ def packed_model(
             if kept is not None:
                 return kept
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+            file = error.filename or (copy.file.parent if copy is not None else "the cache")
+            what = f"{file}: {error.strerror or error}"
             notify(
                 f"{what}; the rounded weights cannot be kept, so the next start takes as long. GEMMA2_CACHE moves them"
             )
@@ -133,8 +142,8 @@ class _Copy:
             if (packed.config, packed.format) != (self.checkpoint.config, self.format):
                 return None
             return packed.load(num_threads=num_threads) if packed.has_second_plane == self.second_plane else None
-        except CheckpointError as error:
-            notify(f"{error}. It is made again now")
+        except CheckpointError:  # its advice is for folders that a user made
+            notify(f"{self.file}: the copy of the rounded weights is damaged; it is made again now")
             return None
 
     def make(self, num_threads: int, progress: Progress | None) -> None:

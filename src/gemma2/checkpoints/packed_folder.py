@@ -32,6 +32,12 @@ def is_packed(folder: str | Path) -> bool:
     return bool(_packed_files(folder)) and not (folder / SINGLE_FILE).exists() and not (folder / INDEX_FILE).exists()
 
 
+def unused_packed_files(folder: str | Path) -> list[Path]:
+    """Returns the files of packed weights that lie beside a whole model, whose own weights are what is opened."""
+    folder = Path(folder).expanduser()
+    return [] if is_packed(folder) else _packed_files(folder)
+
+
 def open_packed(folder: str | Path) -> PackedFile:
     """Opens a folder of packed weights; reads headers only.
 
@@ -132,7 +138,9 @@ def write_packed_file(
         OSError: the packed file cannot be written.
     """
     errors: dict[str, RoundingError] = {}
-    with PackedWriter(file, checkpoint.config, weight_format, second_plane=second_plane) as writer:
+    with PackedWriter(
+        file, checkpoint.config, weight_format, second_plane=second_plane, calibrated=calibration is not None
+    ) as writer:
         for piece in packed_pieces(
             checkpoint,
             weight_format,

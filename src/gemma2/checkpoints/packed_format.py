@@ -9,6 +9,7 @@ header's metadata, all text:
     weight_format      "q4", "q8", "bfloat16" or "float32"
     group, tile        inputs that share a scale, outputs that are packed together
     codebook           the values of q4's codes
+    calibrated         "yes" if errors were let make up for each other (quantization/feedback.py); else it is not there
     config             the architecture, as JSON
     checksums          JSON of tensor → checksum of its bytes
     header_checksum    xxh3-64 of the header, with 16 zeros in its own place
@@ -72,10 +73,17 @@ class PackedWriter:
         config: the architecture.
         weight_format: one of `PACKED_FORMATS`.
         second_plane: whether `SECOND_PLANE` will come; None: in q4.
+        calibrated: whether the file shall say so.
     """
 
     def __init__(
-        self, file: Path, config: Gemma2Config, weight_format: str, *, second_plane: bool | None = None
+        self,
+        file: Path,
+        config: Gemma2Config,
+        weight_format: str,
+        *,
+        second_plane: bool | None = None,
+        calibrated: bool = False,
     ) -> None:
         self._sizes = packed_sizes(config, weight_format, second_plane=second_plane)
         shapes = packed_shapes(config)
@@ -87,6 +95,7 @@ class PackedWriter:
             "format_version": str(FORMAT_VERSION),
             "weight_format": weight_format,
             **layout_of(weight_format),
+            **({"calibrated": "yes"} if calibrated else {}),
             "config": json.dumps(config.to_dict(), separators=(",", ":")),
         }
         self._norms = {name for name, shape in shapes.items() if len(shape) == 1}
@@ -192,6 +201,8 @@ class PackedFile:
     config: Gemma2Config
     format: str
     """One of `PACKED_FORMATS`."""
+    is_calibrated: bool
+    """Whether errors of rounding were let make up for each other."""
     entries: Mapping[str, TensorEntry]
     _checksums: Mapping[str, str]
     _mapping: mmap.mmap
@@ -299,7 +310,13 @@ def open_packed_file(file: Path) -> PackedFile:
             + _QUANTIZE_AGAIN
         )
     return PackedFile(
-        file=file, config=config, format=weight_format, entries=entries, _checksums=checksums, _mapping=mapping
+        file=file,
+        config=config,
+        format=weight_format,
+        is_calibrated=metadata.get("calibrated") == "yes",
+        entries=entries,
+        _checksums=checksums,
+        _mapping=mapping,
     )
 
 

@@ -77,7 +77,7 @@ def packed_pieces(
 
     Yields:
         The pieces of every tensor, from its first byte to its last. A piece of the second plane comes after each piece
-        of the embedding, and its error is that of both planes. With a calibration, other errors are those of outputs.
+        of the embedding, and its error is that of both planes. With a calibration, errors are those of outputs.
 
     Raises:
         CheckpointError: a weight is NaN, infinite or too large for the format, or a file cannot be read.
@@ -251,10 +251,12 @@ def _pack(
     except ValueError:
         raise CheckpointError(_explain_unfit(part, values, packer.format)) from None
     if feedback is not None:
-        error = packer.output_error(values, places[0], feedback.samples)
+        error = packer.output_error(values, places[:1], feedback.samples)
     yield PackedPiece(name=part.name, first_byte=first, data=places[0], error=error)
     if len(places) == 2:
         both = packer.pack_lost(values, places[0], places[1])
+        if feedback is not None:
+            both = packer.output_error(values, places, feedback.samples)
         yield PackedPiece(name=SECOND_PLANE, first_byte=first, data=places[1], error=both)
 
 

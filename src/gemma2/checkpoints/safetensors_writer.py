@@ -82,7 +82,7 @@ def save_checkpoint(
     copied = [Path(path).expanduser() for path in tokenizer_files]
     written = dict(extra_files or {})
     _check_further_files(copied, written)
-    with staging_folder(folder, may_overwrite=lambda _: overwrite) as staging:
+    with staging_folder(folder, may_overwrite=lambda _: overwrite, advice=", or pass overwrite=True") as staging:
         writer = _Writer(staging, folder, config, dtype, max_shard_bytes)
         for name, array in tensors:
             with clear_errors(folder):

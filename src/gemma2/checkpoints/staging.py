@@ -25,12 +25,13 @@ _SUFFIX: Final = ".partial"
 
 
 @contextmanager
-def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> Iterator[Path]:
+def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool], advice: str = "") -> Iterator[Path]:
     """Gives an empty folder inside `folder`; removes it at the end, and on an error also `folder` if it was made.
 
     Args:
         folder: made if missing, with its parents.
         may_overwrite: whether a folder that is not empty may be written to; is asked only of such a one.
+        advice: what to do besides choosing another folder where it may not, as ", or …".
 
     Raises:
         CheckpointError: the folder is a file, may not be overwritten, or is being written to; or the system refuses.
@@ -44,9 +45,7 @@ def staging_folder(folder: Path, *, may_overwrite: Callable[[Path], bool]) -> It
         abandoned = [path for path in entries if path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)]
         others = [path.name for path in entries if path not in abandoned]
         if others and not may_overwrite(folder):
-            raise CheckpointError(
-                f"{folder}: is not empty (it has {first_few(others)}); choose another folder, or ask to overwrite it"
-            )
+            raise CheckpointError(f"{folder}: is not empty (it has {first_few(others)}); choose another folder{advice}")
         for path in abandoned:  # left by a write that was killed
             with _locked(path) as is_ours:
                 if not is_ours:
@@ -134,8 +133,8 @@ def clear_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(disk_full(target)) from error
-        where = error.filename or target
-        raise CheckpointError(f"{target}: cannot be written: {where}: {error.strerror or error}") from error
+        where = f"{error.filename}: " if error.filename not in (None, str(target)) else ""
+        raise CheckpointError(f"{target}: cannot be written: {where}{error.strerror or error}") from error
 
 
 def require_room(target: Path, folder: Path, needed_bytes: int) -> None:

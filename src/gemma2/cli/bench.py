@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from gemma2.cli.model_options import num_threads
 from gemma2.cli.terminal import format_bytes, make_console
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import ConfigError, Gemma2Error
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-plane", action="store_true", help="random q4 weights: as `gemma2 quantize --one-plane` makes them"
     )
     parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="dtype of keys and values")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one for each core)")
+    parser.add_argument("--threads", type=num_threads, metavar="N", help="threads (default: one for each core)")
     parser.add_argument("--isa", default="auto", metavar="NAME", help="instruction set (default: the best there is)")
     lists = (
         ("--prefill", PREFILL, "lengths of prompts to read"),
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from gemma2.cli.bench_machine import ThisMachine
     from gemma2.cli.bench_measure import Bench
     from gemma2.cli.bench_report import describe, print_report
+    from gemma2.runtime import resolve_isa
 
     if args.decode_steps < 1:
         raise ConfigError(f"--decode-steps must be at least 1, but is {args.decode_steps}")
@@ -94,6 +97,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--one-plane goes with random weights in q4")
     if args.first_token and args.model is None:
         raise ConfigError("--first-token starts `gemma2 generate`, which needs files: name a --model")
+    nothing = all(lengths == () for lengths in (args.prefill, args.context, args.batch))
+    if nothing and not args.first_token:
+        raise ConfigError("--prefill, --context and --batch are all none, so there is nothing to measure")
+    args.isa = resolve_isa(args.isa, setting="--isa")
+    if args.json not in (None, "-"):
+        _check_writable(Path(args.json))
     rows: list[Row] = []
     first_token: FirstToken | None = None
     with _Progress() as progress:
@@ -133,6 +142,16 @@ def run(args: argparse.Namespace) -> int:
         if args.json is not None:
             Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 130 if interrupted else 0
+
+
+def _check_writable(file: Path) -> None:
+    """Refuses a file that cannot be written, before minutes of work."""
+    if file.is_dir():
+        raise Gemma2Error(f"--json {file}: is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise Gemma2Error(f"--json {file}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise Gemma2Error(f"--json {file}: cannot be written")
 
 
 # -- the subject ----------------------------------------------------------------------------------------------------

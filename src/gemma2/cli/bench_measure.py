@@ -254,7 +254,9 @@ class Bench:
         )
 
     def _batch(self, num_sequences: int, num_steps: int) -> Row:
-        self.watcher.start(f"{num_sequences:,} sequences", num_sequences + num_steps)
+        self.watcher.start(
+            "1 sequence" if num_sequences == 1 else f"{num_sequences:,} sequences", num_sequences + num_steps
+        )
         positions = dict.fromkeys(range(num_sequences), 0)
         for sequence_id in positions:
             self._forward({sequence_id: BATCH_PROMPT_TOKENS}, positions)

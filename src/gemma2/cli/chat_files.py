@@ -70,6 +70,8 @@ def load_conversation(path: Path) -> Conversation:
     Raises:
         ChatFormatError: the file cannot be read, or is no such JSON; says what is wrong.
     """
+    if path.suffix.lower() == ".md":
+        raise ChatFormatError(f"{path}: Markdown is for reading; only what /save wrote to a .json file can be loaded")
     check_suffix(path, (".json",))
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -172,7 +172,7 @@ def _packed_values(stored: Checkpoint | PackedFile) -> dict[str, Any] | None:
 
     if not isinstance(stored, PackedFile):
         return None
-    return {"format": stored.format, "second_plane": stored.has_second_plane}
+    return {"format": stored.format, "second_plane": stored.has_second_plane, "calibrated": stored.is_calibrated}
 
 
 def _tensors(subject: Subject) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -281,23 +281,29 @@ def _print_parameters(console: Console, subject: Subject) -> None:
 
 
 def _print_files(console: Console, subject: Subject, stored: Checkpoint | PackedFile) -> None:
-    from gemma2.checkpoints import PackedFile
+    from gemma2.checkpoints import PackedFile, unused_packed_files
 
     heading(console, f"Files in {stored.folder}")
     table = make_table(console, "file", "holds", "size", left=2)
-    tensors = _tensors(subject)
+    tensors, unused = _tensors(subject), unused_packed_files(stored.folder)
     for path in _files(stored):
         if isinstance(stored, PackedFile):
             dtypes = Counter(dtype for _, dtype in tensors.values() if path == stored.file)
         else:
             dtypes = Counter(tensor.dtype for tensor in stored.tensors.values() if tensor.file == path)
         holds = ", ".join(f"{number} tensors in {dtype}" for dtype, number in dtypes.items())
+        if path in unused:
+            holds = "packed weights, not used beside the others"
         table.add_row(path.name, holds, format_bytes(path.stat().st_size))
     console.print(table)
     if isinstance(stored, PackedFile):
-        planes = ", the embedding in two planes of 4 bits" if stored.has_second_plane else ""
+        number = "two planes" if stored.has_second_plane else "one plane"
+        planes = f", the embedding in {number} of 4 bits" if stored.format == "q4" else ""
+        calibrated = ", calibrated" if stored.is_calibrated else ""
         bits = 8 * stored.num_bytes / stored.config.count_parameters().total
-        console.print(f"Packed for the CPU engine: {stored.format}{planes}, {bits:.2f} bits per weight in all")
+        console.print(
+            f"Packed for the CPU engine: {stored.format}{calibrated}{planes}, {bits:.2f} bits per weight in all"
+        )
 
 
 def _print_tokenizer(console: Console, subject: Subject) -> None:
@@ -327,7 +333,10 @@ def _print_tensors(console: Console, subject: Subject) -> None:
 
 def _files(stored: Checkpoint | PackedFile) -> list[Path]:
     """The model's files: config, weights, tokenizer, and what else explains it."""
+    from gemma2.checkpoints import unused_packed_files
+
     others = ("config.json", "generation_config.json", "model.safetensors.index.json", "MODEL_CARD.md", "README.md")
     named = [stored.folder / name for name in others]
     files = [path for path in named if path.is_file()]
-    return list(dict.fromkeys([*stored.files, *files, *stored.tokenizer_files]))
+    unused = unused_packed_files(stored.folder)
+    return list(dict.fromkeys([*stored.files, *unused, *files, *stored.tokenizer_files]))

@@ -5,17 +5,24 @@ A verb is the module `gemma2.cli.VERB` with two functions:
     add_arguments(parser)      declares its arguments; imports nothing heavy, since --help calls it
     run(args) -> int           does the work and returns the exit status; imports what it needs
 
-Exit statuses: 0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted, 141 the reader of a pipe left.
+Exit statuses: 0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted, 141 the reader of a pipe left,
+128 + n ended by signal n.
+
+SIGTERM (`kill`, `timeout`) and SIGHUP (a closed terminal) end the work as Ctrl-C does, so that every verb can clear up
+what it left half done. A verb may take them itself while it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType, TracebackType
 from typing import Any, Final, NoReturn, Protocol, TextIO, cast
 
 from gemma2 import __version__
@@ -33,6 +40,7 @@ VERBS: Final = {
     "lm-eval": "run tasks of lm-eval, the Language Model Evaluation Harness, on a model",
     "pretrain": "train a model from scratch, from a file of settings",
     "tune": "fine-tune a model on examples, whole or by an adapter, from a file of settings",
+    "distill": "train a student on the words of a larger teacher, from a file of settings",
     "merge": "fold adapters into a model's weights, or average the weights of several models",
 }
 """Each verb and its line in --help."""
@@ -68,11 +76,24 @@ class Verb(Protocol):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line each and name the nearest option."""
 
+    _given: Sequence[str] = ()
+
     def error(self, message: str) -> NoReturn:
+        greedy = [option for option in self._given if option in self._options_that_take_all]
+        if greedy and "required" in message:
+            message += f"; they go before {greedy[0]}, which takes all that follows it"
         self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = nearest_name(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}.{hint}" if hint else error.message) from None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses like argparse, but refuses what is left over here, where the known options are at hand."""
+        self._given = list(sys.argv[1:] if args is None else args)
         parsed, left_over = super().parse_known_args(args, namespace)
         if left_over:
             first = left_over[0]
@@ -82,6 +103,45 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"there is no option {name}.{nearest_name(name, options)}")
             self.error(f"one argument too many: {first!r}; a text with spaces needs quotes around it")
         return parsed, left_over
+
+    @property
+    def _options_that_take_all(self) -> set[str]:
+        return {option for action in self._actions if action.nargs in ("*", "+") for option in action.option_strings}
+
+
+class _Ended(SystemExit):
+    """A signal that ends the work; a SystemExit, which event loops let through."""
+
+
+class _EndOnSignals:
+    """While entered, SIGTERM and SIGHUP raise `_Ended`, unless they were ignored (nohup) or are handled already.
+
+    Only the first does: what it ends shall clear up undisturbed.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._numbers: list[signal.Signals] = []
+
+    def __enter__(self) -> _EndOnSignals:
+        named = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
+        with contextlib.suppress(ValueError):  # not in the main thread, which alone is given signals
+            for number in named:
+                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, self._end)
+                    self._numbers.append(number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _end(self, signal_number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal_number
+            raise _Ended(128 + signal_number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +155,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _replace_unprintable_characters()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    status = EXIT_FAILED
+    with _EndOnSignals() as ending:
+        try:
+            status = _run(arguments)
+        except BaseException:  # after the end of a terminal also errors of writing to it
+            if ending.received is None:
+                raise
+    if ending.received is None:
+        return status
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    _drop_unwritten_output()
+    return 128 + ending.received
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs one command line, and says what went wrong."""
     debug = "--debug" in arguments or os.environ.get("GEMMA2_DEBUG", "") not in ("", "0")
     try:
         try:

@@ -8,12 +8,14 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from gemma2.cli.streaming import DIM, is_terminal, paint
+from gemma2.cli.terminal import PlainProgress
 
 if TYPE_CHECKING:
     from gemma2.api import LLM
 
 BACKENDS: Final = ("auto", "cpu", "torch")
 WEIGHTS: Final = ("auto", "float32", "bfloat16", "q8", "q4")
+MAX_THREADS: Final = 1024
 KV_CACHES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
@@ -44,8 +46,18 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, several: bool = Fals
         help=f"how weights are kept{again} (default: auto)",
     )
     group.add_argument("--kv-cache", choices=KV_CACHES, default="auto", help="how the CPU engine keeps keys and values")
-    group.add_argument("--threads", type=int, metavar="N", help="of the CPU engine (default: one for each core)")
+    group.add_argument(
+        "--threads", type=num_threads, metavar="N", help="of the CPU engine (default: one for each core)"
+    )
     group.add_argument("--device", help="such as cpu, cuda or cuda:1, for torch (default: the best there is)")
+
+
+def num_threads(text: str) -> int:
+    """Reads the value of --threads."""
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if not 1 <= number <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_THREADS}, but is {text!r}")
+    return number
 
 
 def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
@@ -60,7 +72,7 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
     """
     from gemma2.api import load
 
-    waiting = _Waiting(is_shown=is_terminal(sys.stderr) and not quiet)
+    waiting = _Waiting(is_shown=is_terminal(sys.stderr) and not quiet, is_quiet=quiet)
     with waiting:
         return load(
             args.model,
@@ -71,16 +83,18 @@ def load_model(args: argparse.Namespace, *, quiet: bool) -> LLM:
             num_threads=args.threads,
             kv_cache=args.kv_cache,
             progress=waiting.show_progress,
-            notify=waiting.show_sentence if not quiet else lambda sentence: None,
+            notify=waiting.show_sentence,
         )
 
 
 class _Waiting:
-    """One line on the terminal that says what is waited for, and is gone afterwards."""
+    """One line on the terminal that says what is waited for, and is gone afterwards; a line now and then to a pipe."""
 
-    def __init__(self, *, is_shown: bool) -> None:
+    def __init__(self, *, is_shown: bool, is_quiet: bool) -> None:
         self._is_shown = is_shown
-        self._started: float | None = None
+        self._is_quiet = is_quiet
+        self._first: tuple[float, int] | None = None
+        self._plain = PlainProgress("quantizing")
         self._length = 0
 
     def __enter__(self) -> None:
@@ -91,17 +105,25 @@ class _Waiting:
 
     def show_sentence(self, sentence: str) -> None:
         """Prints a sentence that stays."""
-        self._write("")
-        print(sentence, file=sys.stderr)
+        if not self._is_quiet:
+            self._write("")
+            print(sentence, file=sys.stderr)
 
     def show_progress(self, done: int, total: int) -> None:
-        """Shows how far the rounding of weights is: share, rate and time left."""
+        """Shows how far the rounding of weights is: share and, once they can be told, rate and time left."""
         now = time.monotonic()
-        if self._started is None:
-            self._started = now
-        rate = done / max(now - self._started, 1e-3)
-        left = (total - done) / rate if rate else 0.0
-        self._write(f"quantizing {done / total:4.0%}, {rate / 1e6:,.0f} MB/s, {left:,.0f} s left")
+        if self._first is None:
+            self._first = now, done
+        if not self._is_shown:
+            if not self._is_quiet:
+                self._plain.update(done, total)
+            return
+        seconds, num_bytes = now - self._first[0], done - self._first[1]
+        speed = ""
+        if seconds >= 1 and num_bytes:
+            rate = num_bytes / seconds
+            speed = f", {rate / 1e6:,.0f} MB/s, {(total - done) / rate:,.0f} s left"
+        self._write(f"quantizing {done / total:4.0%}{speed}")
 
     def _write(self, text: str) -> None:
         if self._is_shown:

@@ -245,6 +245,9 @@ def _print_header(console: Console, setup: Setup) -> None:
     console.print(f"{setup.name}: {count:,} parameters", style="bold")
     console.print(f"{sequences} of {setup.context:,} tokens")
     for place in setup.places:
+        if place.name == format_bytes(place.total_bytes):  # --memory
+            console.print(f"Judged by {place.name} of memory")
+            continue
         free = "" if place.free_bytes == place.total_bytes else f", {format_bytes(place.free_bytes)} of them free"
         console.print(f"{place.name[0].upper()}{place.name[1:]}: {format_bytes(place.total_bytes)} of memory{free}")
     if not setup.places:

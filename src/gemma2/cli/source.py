@@ -26,8 +26,14 @@ def find_folder(name: str | None) -> Path:
                 f"this installation came without the bundled model; name one of {', '.join(PRESETS)}, or a folder"
             )
         return BUNDLED_FOLDER
+    if name in PRESETS:
+        raise CheckpointError(f"{name} is a size, which has no weights; name a folder, or google/gemma-2-{name}")
     if name.lower() in PRESETS:
-        raise CheckpointError(f"there is no model {name!r}; the published size is written {name.lower()!r}")
+        size = name.lower()
+        raise CheckpointError(
+            f"there is no model {name!r}; the published size is written {size!r}, and with weights "
+            f"google/gemma-2-{size}"
+        )
     return resolve_model(name)
 
 

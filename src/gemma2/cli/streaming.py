@@ -76,12 +76,15 @@ class TextWriter:
 
 
 class StopOnInterrupt:
-    """While entered, a first Ctrl-C only sets `is_requested`; a second one raises `KeyboardInterrupt` as usual.
+    """While entered, Ctrl-C raises `KeyboardInterrupt` as usual until `can_wait` is set; then a first one only sets
+    `is_requested`, and a second one raises.
 
-    So the engine is stopped between two tokens, and can go on with the next request.
+    So a prompt, which may take minutes to read, is left at once, and an answer is stopped between two tokens.
     """
 
     def __init__(self) -> None:
+        self.can_wait = False
+        """Whether someone asks for `is_requested` soon."""
         self.is_requested = False
         self._previous: Any = None
 
@@ -95,7 +98,7 @@ class StopOnInterrupt:
         signal.signal(signal.SIGINT, self._previous)
 
     def _on_interrupt(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.is_requested:
+        if self.is_requested or not self.can_wait:
             raise KeyboardInterrupt
         self.is_requested = True
 
@@ -188,6 +191,7 @@ def stream_answer(
         try:
             for delta in deltas:
                 last = time.perf_counter()
+                interrupt.can_wait = True
                 if not token_ids:
                     first = last
                 token_ids += delta.token_ids

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -10,6 +13,40 @@ if TYPE_CHECKING:
 
 PIPED_WIDTH = 1000
 """Columns of a line that goes to a pipe: enough that no table is folded."""
+
+
+class PlainProgress:
+    """Says on standard error now and then how far some work is: for logs, and for whoever waits on a pipe.
+
+    Args:
+        what: begins each line.
+        clock: gives seconds.
+    """
+
+    FIRST_SECONDS: Final = 10.0
+    SECONDS: Final = 30.0
+
+    def __init__(self, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what = what
+        self._clock = clock
+        self._started = clock()
+        self._next = self.FIRST_SECONDS
+
+    def update(self, done: float, total: float) -> None:
+        """Is told how much is done, and of how much; work that is done soon goes without a line."""
+        seconds = self._clock() - self._started
+        if seconds >= self._next and 0 < done < total:
+            self._next = seconds + self.SECONDS
+            left = seconds * (total - done) / done
+            times = f"after {format_duration(seconds)}, about {format_duration(left)} left"
+            print(f"{self._what}: {done / total:.0%} {times}", file=sys.stderr, flush=True)
+
+
+def format_duration(seconds: float) -> str:
+    """Writes "0:07", "12:34" or "1:02:03"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def make_console() -> Console:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma2.cli.terminal import format_bytes
+from gemma2.cli.terminal import format_bytes, format_duration
 from gemma2.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def require_libraries(*names: str) -> None:
             raise MissingDependencyError(
                 f"training needs {name}, which is not installed; install it with: pip install 'gemma2[train]'"
             )
+    # Which tells, whenever PEFT looks for it, of kernels that it would like to download.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def make_training_console() -> Console:
@@ -99,7 +102,7 @@ class TrainingBar:
             self._started = (now, report.step)
         first_time, first_step = self._started
         rate = (report.step - first_step) / (now - first_time) if report.step > first_step else 0.0
-        left = _duration((report.num_steps - report.step) / rate) if rate else "?"
+        left = format_duration((report.num_steps - report.step) / rate) if rate else "?"
         memory, speed = format_bytes(report.memory_bytes), report.tokens_per_second
         if self._task is None:
             self._task = self._bar.add_task(
@@ -163,9 +166,3 @@ class TokenizingBar:
         if name not in self._tasks:
             self._tasks[name] = self._bar.add_task(name, total=1.0, speed=speed)
         self._bar.update(self._tasks[name], completed=progress.fraction, speed=speed)  # type: ignore[arg-type]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

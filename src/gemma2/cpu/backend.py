@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ KV_CACHE_DTYPES: Final = ("auto", "float32", "bfloat16", "int8")
 
 
 class CpuBackend:
-    """One set of packed weights on the CPU, with the KV caches of its sequences.
+    """One set of packed weights on the CPU, with the KV caches of its sequences. Threads wait for each other.
 
     Args:
         packed: the weights.
@@ -58,13 +59,7 @@ class CpuBackend:
     ) -> None:
         if not _is_count(head_candidates):
             raise ConfigError(f"head_candidates must be a whole number of at least 1, but is {head_candidates!r}")
-        if kv_cache_bytes is not None and not _is_count(kv_cache_bytes):
-            raise ConfigError(f"kv_cache_bytes must be a whole number of at least 1, but is {kv_cache_bytes!r}")
-        if kv_cache not in KV_CACHE_DTYPES:
-            raise ConfigError(
-                f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
-                + nearest_name(str(kv_cache), KV_CACHE_DTYPES)
-            )
+        check_kv_cache(kv_cache, kv_cache_bytes)
         if kv_cache == "auto":
             kv_cache = "float32" if packed.format == "float32" else "bfloat16"
         runtime = make_runtime(resolve_num_threads(num_threads), isa)
@@ -75,6 +70,8 @@ class CpuBackend:
             capacity_bytes=_memory_bytes() // 2 if kv_cache_bytes is None else kv_cache_bytes,
             chunk_tokens=MAX_ROWS,
         )
+        # A pass goes through buffers of the model's; re-entrant for whoever frees a sequence in a signal's handler.
+        self._lock = threading.RLock()
 
     @property
     def config(self) -> Gemma2Config:
@@ -115,6 +112,29 @@ class CpuBackend:
             ValueError: a `position` does not continue its sequence's cache, or a token id is not in the vocabulary.
             KVCacheFullError: the cache cannot take so many tokens more. Its sequences are freed, as after any error.
         """
+        with self._lock:
+            return self._forward(batch)
+
+    def free(self, sequence_id: int) -> None:
+        """Forgets the sequence's cache, if there is one."""
+        with self._lock:
+            self._cache.free(sequence_id)
+
+    def fork(self, parent_id: int, child_id: int, num_tokens: int | None = None) -> None:
+        """Starts a sequence with the first tokens of another, sharing their cache until one of them writes there.
+
+        Args:
+            parent_id: a sequence that the cache holds.
+            child_id: the id of the new one.
+            num_tokens: how many tokens they share; left out, all.
+
+        Raises:
+            ValueError: an id is wrong, or local layers no longer hold what the next token would see.
+        """
+        with self._lock:
+            self._cache.fork(parent_id, child_id, num_tokens)
+
+    def _forward(self, batch: StepBatch) -> Logits:
         for step in batch.steps:
             self._check(step)
         num_rows = sum(step.num_logits for step in batch.steps)
@@ -130,23 +150,6 @@ class CpuBackend:
                 self.free(step.sequence_id)
             raise
         return logits
-
-    def free(self, sequence_id: int) -> None:
-        """Forgets the sequence's cache, if there is one."""
-        self._cache.free(sequence_id)
-
-    def fork(self, parent_id: int, child_id: int, num_tokens: int | None = None) -> None:
-        """Starts a sequence with the first tokens of another, sharing their cache until one of them writes there.
-
-        Args:
-            parent_id: a sequence that the cache holds.
-            child_id: the id of the new one.
-            num_tokens: how many tokens they share; left out, all.
-
-        Raises:
-            ValueError: an id is wrong, or local layers no longer hold what the next token would see.
-        """
-        self._cache.fork(parent_id, child_id, num_tokens)
 
     def _run(self, steps: Sequence[SequenceStep], logits: Logits) -> None:
         """Runs at most `MAX_ROWS` rows."""
@@ -180,6 +183,21 @@ class CpuBackend:
                 f"sequence {step.sequence_id}: token ids must be from 0 to {self.config.vocab_size - 1}, but one is "
                 f"{step.token_ids[outside][0]}"
             )
+
+
+def check_kv_cache(kv_cache: str, kv_cache_bytes: int | None) -> None:
+    """Checks these arguments of `CpuBackend`, for whoever has long work to do before there can be one.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    if kv_cache_bytes is not None and not _is_count(kv_cache_bytes):
+        raise ConfigError(f"kv_cache_bytes must be a whole number of at least 1, but is {kv_cache_bytes!r}")
+    if kv_cache not in KV_CACHE_DTYPES:
+        raise ConfigError(
+            f"kv_cache must be one of {', '.join(KV_CACHE_DTYPES)}, but is {kv_cache!r}."
+            + nearest_name(str(kv_cache), KV_CACHE_DTYPES)
+        )
 
 
 def _parts(steps: Sequence[SequenceStep]) -> Iterator[list[SequenceStep]]:

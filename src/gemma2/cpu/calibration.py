@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from gemma2 import _kernels as kernels
 from gemma2.checkpoints import Checkpoint
-from gemma2.checkpoints.packing import as_tensors, packed_pieces
+from gemma2.checkpoints.packing import Progress, as_tensors, packed_pieces
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, DataError
 from gemma2.quantization import packed_shapes
@@ -27,6 +27,8 @@ from gemma2.runtime import make_runtime
 Floats = npt.NDArray[np.float32]
 
 SEQUENCE_LENGTH: Final = 512
+FACTORING_TOKENS: Final = 2.5
+"""What the factors of a layer's matrices cost, in tokens through that layer for each of the width's inputs."""
 _FORMAT: Final = "bfloat16"
 _FIRST_WORD: Final = 512
 """Ids below it are control tokens, bytes and pieces of tags."""
@@ -60,7 +62,7 @@ def cut(
 
     Args:
         texts: the token ids of each, with or without <bos>; no more are taken than needed. A text gives an eighth of
-            the tokens at most, so that one book is not all.
+            the tokens at most, so that one book is not all; more only if the others have too little.
         config: the architecture.
         num_tokens: tokens in all, about.
         bos_id: <bos>.
@@ -69,13 +71,25 @@ def cut(
         DataError: there is no text.
     """
     length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    share = max(length, num_tokens // 8)
     sequences: list[npt.NDArray[np.int32]] = []
-    for text in texts:
-        ids = [token for token in text[: max(length, num_tokens // 8)] if token != bos_id]
+    rest: list[Sequence[int]] = []
+
+    def add(text: Sequence[int]) -> None:
+        ids = [token for token in text if token != bos_id]
         for first in range(0, len(ids), length - 1):
             sequences.append(np.array([bos_id, *ids[first : first + length - 1]], np.int32))
+
+    for text in texts:
+        add(text[:share])
         if sum(map(len, sequences)) >= num_tokens:
             break
+        if sum(map(len, rest)) < num_tokens:
+            rest.append(text[share : share + num_tokens])
+    for text in rest:
+        missing = num_tokens - sum(map(len, sequences))
+        if missing > 0:
+            add(text[:missing])
     if not sequences:
         raise DataError("the files to calibrate on hold no text")
     return sequences
@@ -88,12 +102,20 @@ class CalibrationRun:
         checkpoint: the model.
         sequences: token ids, each of 1 to `SEQUENCE_LENGTH` tokens, with their <bos>.
         num_threads: threads that compute.
+        progress: is told of the work that is done, and all, in tokens through a layer.
 
     Raises:
         ValueError: there is no sequence, or one is empty or too long.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sequences: Sequence[npt.NDArray[np.int32]], *, num_threads: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sequences: Sequence[npt.NDArray[np.int32]],
+        *,
+        num_threads: int,
+        progress: Progress | None = None,
+    ) -> None:
         longest = max((len(ids) for ids in sequences), default=0)
         limit = min(SEQUENCE_LENGTH, checkpoint.config.max_position_embeddings)
         if not sequences or min(len(ids) for ids in sequences) == 0 or longest > limit:
@@ -107,6 +129,15 @@ class CalibrationRun:
         self._residuals: list[Floats] = [embedding[ids].astype(np.float32) * np.float32(scale) for ids in sequences]
         self._next_layer = 0
         self._moments: dict[str, SecondMoments] = {}
+        self._progress = progress
+        self._factoring = int(FACTORING_TOKENS * self._config.hidden_size)
+        self._work = self._config.num_hidden_layers * (sum(map(len, sequences)) + self._factoring)
+        self._done = 0
+
+    @property
+    def work(self) -> int:
+        """All the work there is, in tokens through a layer."""
+        return self._work
 
     def feedback(self, name: str) -> Feedback:
         """Returns the feedback of a packed tensor's rounding; see `quantization.feedback.Calibration`.
@@ -122,7 +153,10 @@ class CalibrationRun:
                 self._run_layer(self._next_layer)
                 self._next_layer += 1
         try:
-            return self._moments.pop(name).feedback()
+            feedback = self._moments.pop(name).feedback()
+            if name.endswith("down_proj.weight"):  # the widest, and nearly all of it
+                self._advance(self._factoring)
+            return feedback
         except ValueError as error:
             raise CheckpointError(f"{self._checkpoint.folder}: cannot be calibrated at {name}: {error}") from None
 
@@ -171,7 +205,13 @@ class CalibrationRun:
             inputs[prefix + "mlp.down_proj.weight"].add(hidden.dequantized())
             kernels.matmul(run, hidden, down_proj, update)
             kernels.add_norm(run, residual, update, norm("post_feedforward_layernorm.weight"), eps)
+            self._advance(length)
         self._moments.update(inputs)
+
+    def _advance(self, work: int) -> None:
+        self._done += work
+        if self._progress is not None:
+            self._progress(self._done, self._work)
 
     def _attend(self, qkv: Floats, queries: Floats, mixed: Floats, window: int) -> None:
         """Attention of one sequence, from its beginning."""

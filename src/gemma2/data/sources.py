@@ -67,6 +67,7 @@ def iter_documents(
     files: str | Path | Sequence[str | Path],
     *,
     text_key: str = "text",
+    text_key_is_fixed: bool = False,
     start: Position | None = None,
     newlines: Newlines = "keep",
     epoch: int = 0,
@@ -83,6 +84,7 @@ def iter_documents(
     Args:
         files: names, globs or folders, as for `expand_files`.
         text_key: the key of a JSON object that holds its text; a `.txt` file needs none.
+        text_key_is_fixed: whether the user has no way to set `text_key`, so that no error advises it.
         start: where to begin, from a `Document`; what lies before is decompressed but neither split nor parsed.
         newlines: "keep" leaves them; "lf" turns CRLF and CR into LF; "both" does so for every second document, and for
             the other half in the next epoch, so that a model learns both forms.
@@ -102,6 +104,7 @@ def iter_documents(
     return _iter_documents(
         paths,
         text_key=text_key,
+        text_key_is_fixed=text_key_is_fixed,
         start=start or Position(),
         newlines=newlines,
         epoch=epoch,
@@ -144,6 +147,7 @@ def _iter_documents(
     paths: list[Path],
     *,
     text_key: str,
+    text_key_is_fixed: bool,
     start: Position,
     newlines: Newlines,
     epoch: int,
@@ -176,7 +180,7 @@ def _iter_documents(
                     try:
                         text = decode_utf8(record.data, path, line)
                         if as_json:
-                            text = _json_text(text, path, line, text_key)
+                            text = _json_text(text, path, line, text_key, is_fixed=text_key_is_fixed)
                     except DataError as error:
                         fail(str(error))
                         continue
@@ -210,7 +214,7 @@ def _nothing_message(paths: list[Path], num_records: int, rank: int, world_size:
         return f"{where}: {num_records} documents are too few to share among {world_size} ranks; rank {rank} has none"
     details = f"{skipped.errors} could not be read, {skipped.empty} were empty"
     last = f"; the last error was: {skipped.last_error}" if skipped.last_error else ""
-    return f"{where}: no document is left to train on: {details}{last}"
+    return f"{where}: no document is left: {details}{last}"
 
 
 def json_lines(stream: BinaryIO, position: Position) -> Iterator[RawRecord]:
@@ -254,15 +258,16 @@ def _text_record(stream: BinaryIO, position: Position) -> Iterator[RawRecord]:
         yield RawRecord(data=data.removeprefix(BYTE_ORDER_MARK), position=position, next_position=following)
 
 
-def _json_text(source: str, path: Path, line: int, text_key: str) -> str:
+def _json_text(source: str, path: Path, line: int, text_key: str, *, is_fixed: bool) -> str:
     record = parse_json_line(source, path, line)
     if not isinstance(record, dict):
         raise DataError(f"{path}, line {line}: a JSON object is needed, but the line is a {json_type(record)}")
     if text_key not in record:
         keys = list(record)
+        advice = f"The text must be under {text_key!r}." if is_fixed else "Set text_key to the one that holds the text."
         raise DataError(
             f"{path}, line {line}: no key {text_key!r}; the keys are {shown_keys(keys)}."
-            f"{nearest_name(text_key, keys)} Set text_key to the one that holds the text."
+            f"{nearest_name(text_key, keys, cutoff=0.8)} {advice}"
         )
     text = record[text_key]
     if not isinstance(text, str):

@@ -11,10 +11,12 @@ from typing import Final, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
+from gemma2.config import Gemma2Config
 from gemma2.errors import ContextLengthError, Gemma2Error, SamplingError
 from gemma2.generation.request import Completion, Request, TextDelta
 from gemma2.generation.scheduler import Schedule, Scheduler
 from gemma2.generation.scoring import ContinuationScore, ScoringTask, score, score_continuations
+from gemma2.generation.turns import Turns
 from gemma2.sampling import SamplingParams
 from gemma2.step import Backend, Logits, SequenceStep, StepBatch, TokenIds
 from gemma2.text import Tokenizer
@@ -31,8 +33,10 @@ class Engine:
     """Runs many requests through one backend at once.
 
     A request's tokens do not depend on its neighbours (as far as the backend's arithmetic does not), and with a seed
-    they are the same every time. One thread at a time may use an engine, and one engine a backend, since the ids of
-    sequences are the engine's.
+    they are the same every time. One engine may use a backend, since the ids of sequences are the engine's.
+
+    Several threads may use an engine. They take turns: whichever has one runs a step for the requests of all, so that
+    these share it. An error in a step, Ctrl-C too, ends all requests of that step, whoever made them.
 
     Args:
         backend: the model.
@@ -70,6 +74,12 @@ class Engine:
         # several streams and `step` can take turns, and none takes what another waits for.
         self._inboxes: dict[str, deque[TextDelta]] = {}
         self._unclaimed: list[TextDelta] = []
+        # Requests to end, and whether their inboxes go too. They are ended by whoever holds the turn: a generator may
+        # be dropped anywhere, by the collector of garbage even amid a step of its own thread, and cannot wait for it.
+        self._to_end: deque[tuple[Request, bool]] = deque()
+        self._turns = Turns(after=self._end_requests)
+        """Held while requests are changed or the backend is used; never while a caller has the word."""
+        self._backend_by_turns = _ByTurns(backend, self._turns)
 
     # -- whole texts --------------------------------------------------------------------------------------------
 
@@ -90,6 +100,7 @@ class Engine:
         Raises:
             ContextLengthError: a prompt, or a prompt and its `max_tokens`, is longer than the context.
             Gemma2Error: a prompt is empty or holds an unknown token; there are not as many params as prompts.
+            RuntimeError: a step that another thread ran for these prompts too failed; Gemma2Error if that did.
         """
         listed = _as_list(prompts)
         each = _for_each(params, len(listed))
@@ -101,12 +112,14 @@ class Engine:
             for request in requests:
                 self._add(request, inbox)
             while len(completions) < len(requests):
-                if not inbox:
-                    self._run_step()
+                self._run_step_unless(inbox)
                 while inbox:
                     delta = inbox.popleft()
                     if delta.completion is not None:
                         completions[delta.request_id] = delta.completion
+            for request in requests:
+                if request.error is not None:
+                    raise _retold(request.error) from request.error
         finally:
             for request in requests:
                 self._discard(request)
@@ -115,7 +128,8 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[TextDelta, None, None]:
         """Completes a prompt and gives out each part of the text as soon as it is certain.
 
-        The last delta has the completion. Closing the generator early, or dropping it, ends the request.
+        The last delta has the completion. Closing the generator early, or dropping it, ends the request. If a step
+        fails that another thread, or another generator, ran for this request too, its finish reason is "abort".
 
         Args:
             prompt: a text or token ids.
@@ -134,7 +148,7 @@ class Engine:
         try:
             while True:
                 while not inbox:
-                    self._run_step()
+                    self._run_step_unless(inbox)
                 delta = inbox.popleft()
                 yield delta
                 if delta.completion is not None:
@@ -158,7 +172,7 @@ class Engine:
         token_ids = self._token_ids(tokens)
         self._refuse_more_than_the_context(token_ids, "score it in parts")
         return score(
-            self._backend,
+            self._backend_by_turns,
             token_ids,
             sequence_id=self._scheduler.new_sequence_id(),
             vocab_size=self._vocab_size,
@@ -176,7 +190,7 @@ class Engine:
             For each task, in order, a score for each of its continuations.
         """
         return score_continuations(
-            self._backend,
+            self._backend_by_turns,
             tasks,
             new_sequence_id=self._scheduler.new_sequence_id,
             vocab_size=self._vocab_size,
@@ -201,9 +215,9 @@ class Engine:
         sequence_id = self._scheduler.new_sequence_id()
         step = SequenceStep(sequence_id=sequence_id, token_ids=token_ids, position=0, num_logits=len(token_ids))
         try:
-            return self._backend.forward(StepBatch(steps=(step,)))
+            return self._backend_by_turns.forward(StepBatch(steps=(step,)))
         finally:
-            self._backend.free(sequence_id)
+            self._backend_by_turns.free(sequence_id)
 
     def _refuse_more_than_the_context(self, token_ids: TokenIds, what_to_do: str) -> None:
         limit = self._backend.config.max_position_embeddings
@@ -247,8 +261,9 @@ class Engine:
             SamplingError: logits hold NaN or infinity. Then, as after any error of the backend, the requests of this
                 batch are aborted, since their caches are in no known state; the others go on.
         """
-        self._run_step()
-        deltas, self._unclaimed = self._unclaimed, []
+        with self._turns:
+            self._run_step()
+            deltas, self._unclaimed = self._unclaimed, []
         return deltas
 
     def abort(self, request_id: str) -> None:
@@ -256,9 +271,12 @@ class Engine:
 
         An id that is not known, or no longer, is no error: the request may just have finished.
         """
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._deliver(request, request.abort())
+        with self._turns:
+            request = self._requests.get(request_id)
+            if request is not None and self._turns.depth > 1:  # called by a signal's handler, amid a step
+                self._to_end.append((request, False))
+            elif request is not None:
+                self._end(request)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to run or to return."""
@@ -276,15 +294,23 @@ class Engine:
 
     # -- the loop's body ----------------------------------------------------------------------------------------
 
+    def _run_step_unless(self, inbox: deque[TextDelta]) -> None:
+        """Waits for a turn, and runs a step if until then nobody's has brought anything."""
+        with self._turns:
+            if not inbox:
+                self._run_step()
+
     def _run_step(self) -> None:
         schedule = self._scheduler.schedule()
         if schedule is None:
             return
         try:
             self._run(schedule)
-        except BaseException:  # Ctrl-C as well
+        except BaseException as error:  # Ctrl-C as well
             for request in schedule.requests:
-                self.abort(request.request_id)
+                if not request.is_finished:
+                    request.error = error
+                    self._end(request)
             raise
 
     def _run(self, schedule: Schedule) -> None:
@@ -298,12 +324,15 @@ class Engine:
                 self._deliver(request, request.draw(next(rows)[: self._vocab_size]))
 
     def _add(self, request: Request, inbox: deque[TextDelta] | None) -> None:
-        if request.request_id in self._requests:
-            raise Gemma2Error(f"request_id {request.request_id!r} is taken by an unfinished request; give another one")
-        self._requests[request.request_id] = request
-        if inbox is not None:
-            self._inboxes[request.request_id] = inbox
-        self._scheduler.add(request)
+        with self._turns:
+            if request.request_id in self._requests:
+                raise Gemma2Error(
+                    f"request_id {request.request_id!r} is taken by an unfinished request; give another one"
+                )
+            self._requests[request.request_id] = request
+            if inbox is not None:
+                self._inboxes[request.request_id] = inbox
+            self._scheduler.add(request)
 
     def _deliver(self, request: Request, delta: TextDelta) -> None:
         if request.is_finished:
@@ -312,10 +341,27 @@ class Engine:
         inbox = self._inboxes.get(request.request_id)
         (self._unclaimed if inbox is None else inbox).append(delta)
 
+    def _end(self, request: Request) -> None:
+        """Aborts a request, if it was added and has not ended."""
+        if self._requests.get(request.request_id) is request:
+            self._deliver(request, request.abort())
+
     def _discard(self, request: Request) -> None:
         """Ends a request of `generate` or `stream` that nobody waits for any more."""
-        self.abort(request.request_id)
-        self._inboxes.pop(request.request_id, None)
+        self._to_end.append((request, True))
+        self._end_requests()
+
+    def _end_requests(self) -> None:
+        """Ends what is in `_to_end`; if a turn is held, that is done after it."""
+        while self._to_end and self._turns.take_if_free():
+            try:
+                while self._to_end:
+                    request, drops_inbox = self._to_end.popleft()
+                    self._end(request)
+                    if drops_inbox:
+                        self._inboxes.pop(request.request_id, None)
+            finally:
+                self._turns.give_back()
 
     # -- what comes in ------------------------------------------------------------------------------------------
 
@@ -382,6 +428,41 @@ class Engine:
                 f"out to go on to the context's end, or shorten the prompt"
             )
         return params.max_tokens
+
+
+class _ByTurns(Backend):
+    """A backend of which each use waits for a turn."""
+
+    def __init__(self, backend: Backend, turns: Turns) -> None:
+        self._backend = backend
+        self._turns = turns
+
+    @property
+    def config(self) -> Gemma2Config:
+        return self._backend.config
+
+    @property
+    def weights(self) -> str:
+        return self._backend.weights
+
+    def forward(self, batch: StepBatch) -> Logits:
+        with self._turns:
+            return self._backend.forward(batch)
+
+    def fork(self, parent_id: int, child_id: int) -> None:
+        with self._turns:
+            self._backend.fork(parent_id, child_id)
+
+    def free(self, sequence_id: int) -> None:
+        with self._turns:
+            self._backend.free(sequence_id)
+
+
+def _retold(error: BaseException) -> Exception:
+    """What to raise for an error that was another thread's."""
+    if isinstance(error, Gemma2Error):
+        return type(error)(str(error))
+    return RuntimeError(f"a step that these prompts shared with others failed: {error!r}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

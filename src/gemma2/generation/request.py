@@ -103,6 +103,8 @@ class Request:
         """The backend's cache of this request, once it runs."""
         self.num_computed_tokens = 0
         """How many of `token_ids` the backend's cache holds."""
+        self.error: BaseException | None = None
+        """What ended it, if a step of it failed."""
 
         self._num_prompt_tokens = self._num_tokens = len(prompt_token_ids)
         self._buffer = prompt_token_ids  # with room to grow behind the tokens, from the first generated one on

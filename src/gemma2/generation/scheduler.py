@@ -103,10 +103,12 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Takes a request out of the queue or out of the running ones, and frees its cache."""
-        if request.sequence_id is None:
+        # Ctrl-C in `schedule` may have left it in neither.
+        if request in self._waiting:
             self._waiting.remove(request)
-        else:
+        if request in self._running:
             self._running.remove(request)
+        if request.sequence_id is not None:
             self._free_sequence(request.sequence_id)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ HEAD_CHUNK_LOGITS: Final = 1 << 24
 
 
 class TorchBackend:
-    """One set of weights with a KV cache for each sequence.
+    """One set of weights with a KV cache for each sequence. Threads wait for each other.
 
     The sequences of a batch go through the model one after the other. So a sequence's logits are the same, bit for
     bit, whatever runs beside it; rows that share a matrix product would be summed in an order that depends on how many
@@ -36,6 +37,8 @@ class TorchBackend:
         refuse_float16(model.model.embed_tokens.weight.dtype)
         self._model = model if device is None else model.to(device)
         self._caches: dict[int, KVCache] = {}
+        # Re-entrant for whoever frees a sequence in a signal's handler.
+        self._lock = threading.RLock()
 
     @property
     def config(self) -> Gemma2Config:
@@ -56,7 +59,7 @@ class TorchBackend:
     @property
     def cache_bytes(self) -> int:
         """Memory of all sequences' keys and values, in bytes."""
-        return sum(cache.size_bytes for cache in self._caches.values())
+        return sum(cache.size_bytes for cache in list(self._caches.values()))
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Logits:
@@ -67,6 +70,15 @@ class TorchBackend:
                 Nothing has run then. After any other error, such as full memory, the cache of the sequence that was
                 running is freed.
         """
+        with self._lock:
+            return self._forward(batch)
+
+    def free(self, sequence_id: int) -> None:
+        """Forgets the sequence's cache, if there is one."""
+        with self._lock:
+            self._caches.pop(sequence_id, None)
+
+    def _forward(self, batch: StepBatch) -> Logits:
         for step in batch.steps:
             self._check(step)
         num_rows = sum(step.num_logits for step in batch.steps)
@@ -82,22 +94,19 @@ class TorchBackend:
             row += step.num_logits
         return logits
 
-    def free(self, sequence_id: int) -> None:
-        """Forgets the sequence's cache, if there is one."""
-        self._caches.pop(sequence_id, None)
-
     def fork(self, parent_id: int, child_id: int) -> None:
         """Starts a sequence with all tokens of another one, with a copy of its keys and values.
 
         Raises:
             ValueError: the parent has no cache, or the child has one.
         """
-        parent = self._caches.get(parent_id)
-        if parent is None:
-            raise ValueError(f"sequence {parent_id} is not in the cache, so it cannot be forked")
-        if child_id in self._caches:
-            raise ValueError(f"sequence {child_id} is in the cache already; fork to an id that is not")
-        self._caches[child_id] = parent.copy()
+        with self._lock:
+            parent = self._caches.get(parent_id)
+            if parent is None:
+                raise ValueError(f"sequence {parent_id} is not in the cache, so it cannot be forked")
+            if child_id in self._caches:
+                raise ValueError(f"sequence {child_id} is in the cache already; fork to an id that is not")
+            self._caches[child_id] = parent.copy()
 
     def _check(self, step: SequenceStep) -> None:
         cache = self._caches.get(step.sequence_id)

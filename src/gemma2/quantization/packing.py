@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -170,20 +171,22 @@ class Packer:
         return RoundingError(squared_error=error, squared_weight=float(np.dot(flat, flat)))
 
     def output_error(
-        self, rows: npt.NDArray[Any], packed: npt.NDArray[np.uint8], samples: npt.NDArray[np.float32]
+        self, rows: npt.NDArray[Any], planes: Sequence[npt.NDArray[np.uint8]], samples: npt.NDArray[np.float32]
     ) -> RoundingError:
         """What rounding does to the outputs of the first of some rows, for these inputs.
 
         Args:
             rows: as they were given to `pack`.
-            packed: what `pack` made of them.
+            planes: what `pack` made of them, and `pack_lost` if there is a second plane.
             samples: (n, inputs).
         """
         count = min(len(rows), _NUM_SAMPLED_ROWS)
         exact = rows[:count] if rows.dtype == np.float32 else bfloat16_to_float32(rows[:count])
-        data = packed[: self.num_bytes(*exact.shape)]
-        rounded = kernels.unpack_matrix(self._runtime, kernels.Matrix(self.format, count, exact.shape[1], data))
-        outputs, errors = samples @ exact.T, samples @ (exact - rounded).T
+        lost = exact.copy()
+        for plane in planes:
+            data = plane[: self.num_bytes(*exact.shape)]
+            lost -= kernels.unpack_matrix(self._runtime, kernels.Matrix(self.format, count, exact.shape[1], data))
+        outputs, errors = samples @ exact.T, samples @ lost.T
         return RoundingError(
             squared_error=float(np.sum(errors * errors)), squared_weight=float(np.sum(outputs * outputs))
         )

@@ -58,7 +58,7 @@ class SamplingParams:
         self._set_number("min_p", at_least=0.0, at_most=1.0, hint=" (0 switches it off)")
         self._set_number("repetition_penalty", above=0.0, hint=" (1 switches it off)")
         self._set_whole_number("seed", *SEED_RANGE)
-        self._set_whole_number("max_tokens", 1, hint=" (None goes on to the context's end)")
+        self._set_whole_number("max_tokens", 1, hint=", or none to go on to the context's end")
         self._set_whole_number("logprobs", 0, MAX_LOGPROBS, hint=" (None switches it off)")
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos must be true or false, but is {self.ignore_eos!r}")

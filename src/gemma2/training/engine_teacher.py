@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from gemma2.memory import loss_chunk_tokens
 from gemma2.step import Backend, Logits, SequenceStep, StepBatch
 from gemma2.training.distillation import TeacherLogits
 from gemma2.training.objectives import Batch
+
+Ids = npt.NDArray[np.int64]
 
 
 def engine_teacher(backend: Backend) -> Callable[[Batch], TeacherLogits]:
@@ -54,13 +58,13 @@ class _Reader:
         return torch.from_numpy(np.concatenate(found)).to(self._device)
 
 
-def _logits(backend: Backend, input_ids_BL: np.ndarray, segments_BL: np.ndarray) -> Iterator[tuple[int, Logits]]:  # type: ignore[type-arg]
+def _logits(backend: Backend, input_ids_BL: Ids, segments_BL: Ids) -> Iterator[tuple[int, Logits]]:
     """Yields (place of the first, logits) of runs of tokens, in rising order; padding has none."""
     length = input_ids_BL.shape[1]
     chunk = loss_chunk_tokens(backend.config.vocab_size)
     for row, (ids, segments) in enumerate(zip(input_ids_BL, segments_BL, strict=True)):
         starts = [0, *(np.flatnonzero(np.diff(segments)) + 1).tolist(), length]
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        for begin, end in itertools.pairwise(starts):
             if segments[begin] == 0:
                 continue
             try:

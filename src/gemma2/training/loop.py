@@ -106,6 +106,7 @@ class Trainer:
         folder: where log.jsonl, loss.png and checkpoints/ go.
         progress: is told of each step.
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
+        validation_objective: what validation measures; left out, `objective`.
         count_units: what the summed loss of a batch is divided by; left out, its labels.
         metrics: what the objective reports beside its loss, for the log.
     """
@@ -123,11 +124,13 @@ class Trainer:
         folder: Path,
         progress: Progress,
         fingerprint: dict[str, Any],
+        validation_objective: Objective | None = None,
         count_units: CountUnits = count_labels,
         metrics: MetricSums | None = None,
     ) -> None:
         self.model = model
         self.objective = objective
+        self.validation_objective = validation_objective or objective
         self.loader = loader
         self.validation = validation
         self.run_settings = run
@@ -209,6 +212,8 @@ class Trainer:
         self.model.train()
         result: ValidationResult | None = None
         self._began, self._seconds_before = time.monotonic(), self.seconds
+        if self.step == 0 and run.validate_first and self.validation is not None:
+            result = self._validate(self.validation, log)
         since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
         while not self.is_done:
             loss, num_tokens, grad_norm, rate = self._one_step()
@@ -258,7 +263,9 @@ class Trainer:
     def _validate(self, validation: ValidationSet, log: RunLog) -> ValidationResult:
         """Measures, and keeps the weights if they are the best so far and that is wanted."""
         self._taken_metrics()  # of training steps since the last line of the log
-        result = validate(self.model, self.objective, validation, device=self.device, count_units=self.count_units)
+        result = validate(
+            self.model, self.validation_objective, validation, device=self.device, count_units=self.count_units
+        )
         log.write(
             event="validation",
             step=self.step,

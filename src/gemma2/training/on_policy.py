@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gemma2.data import IGNORED_LABEL, PackedBatch
@@ -18,6 +20,8 @@ from gemma2.sampling import SamplingParams
 from gemma2.text import Tokenizer
 from gemma2.training.distill_settings import OnPolicySettings
 from gemma2.training.loop import Loader
+
+Ids = npt.NDArray[np.int64]
 
 
 class OnPolicyLoader:
@@ -106,7 +110,7 @@ class OnPolicyLoader:
             segment_ids[row, first : first + length] = segment
         return PackedBatch(input_ids=input_ids, labels=labels, positions=positions, segment_ids=segment_ids)
 
-    def _prompt_length(self, labels: np.ndarray) -> int:  # type: ignore[type-arg]
+    def _prompt_length(self, labels: Ids) -> int:
         """Tokens of the prompt: those that are read before the first trained one, <bos> among them."""
         trained = np.flatnonzero(labels != IGNORED_LABEL)
         if not len(trained):
@@ -115,10 +119,10 @@ class OnPolicyLoader:
         return before if before > 1 else min(self._settings.prompt_tokens, len(labels))
 
 
-def _segments(segment_ids: np.ndarray) -> list[tuple[int, int, int]]:  # type: ignore[type-arg]
+def _segments(segment_ids: Ids) -> list[tuple[int, int, int]]:
     """(first place, end, end of the room that it may take) of each segment of a row."""
     length = len(segment_ids)
     starts = [0, *(np.flatnonzero(np.diff(segment_ids)) + 1).tolist(), length]
-    found = [(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True) if segment_ids[a] != 0]
+    found = [(a, b) for a, b in itertools.pairwise(starts) if segment_ids[a] != 0]
     ends = [first for first, _ in found[1:]] + [length]
     return [(first, end, room_end) for (first, end), room_end in zip(found, ends, strict=True)]

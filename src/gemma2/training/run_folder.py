@@ -19,6 +19,7 @@ FREE_TO_CHANGE: Final[Mapping[str, tuple[str, ...] | None]] = {
     "run": (
         "log_every",
         "validate_every",
+        "validate_first",
         "checkpoint_every",
         "checkpoints_to_keep",
         "early_stopping_patience",

@@ -75,6 +75,8 @@ class LoopSettings(Section):
     num_threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     validate_every: int = Field(default=250, ge=1)
+    validate_first: bool = False
+    """Whether validation also runs before the first step: what the model was like before."""
     checkpoint_every: int = Field(default=250, ge=1)
     checkpoints_to_keep: int = Field(default=2, ge=1)
     keep_best: bool = False

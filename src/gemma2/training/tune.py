@@ -77,7 +77,7 @@ def check_settings(
     tokenizer = Tokenizer.from_folder(base_folder)
     tokenizer.check_fits(checkpoint.config)
     RunFolder(settings.output, settings).last_state()
-    examples = partial(_tokenize, settings.data, tokenizer, sequence_length, on_tokenizing)
+    examples = partial(tokenize, settings.data, tokenizer, sequence_length, on_tokenizing)
     train = examples("train", settings.data.train, settings.data.max_train_examples)
     validation = None
     if settings.data.validation:
@@ -205,7 +205,7 @@ def _tune(
             settings.adapter,
             base_model=settings.model.name,
             first_values=first_values,
-            extra_files=_generation_config(settings, plan),
+            extra_files=generation_config(plan.tokenizer, settings.data.template),
         )
     return save_checkpoint(
         folder.path / "model",
@@ -213,7 +213,7 @@ def _tune(
         state_arrays(model),
         dtype=run.save_dtype,
         tokenizer_files=plan.checkpoint.tokenizer_files,
-        extra_files=_generation_config(settings, plan),
+        extra_files=generation_config(plan.tokenizer, settings.data.template),
         overwrite=True,
     )
 
@@ -231,7 +231,7 @@ def describe_examples(name: str, examples: TokenizedExamples) -> str:
     return "; ".join(lines)
 
 
-def _tokenize(
+def tokenize(
     data: ExampleDataSettings,
     tokenizer: Tokenizer,
     sequence_length: int,
@@ -240,6 +240,7 @@ def _tokenize(
     files: list[str],
     max_examples: int | None,
 ) -> TokenizedExamples:
+    """Reads and encodes the examples of `files`, as the settings of the data say; see `tokenize_examples`."""
     return tokenize_examples(
         files,
         tokenizer,
@@ -286,11 +287,15 @@ def _objective(settings: TuneSettings, model: Gemma2ForCausalLM) -> tuple[Object
     return objective, count_pairs, metrics
 
 
-def _generation_config(settings: TuneSettings, plan: TunePlan) -> dict[str, str]:
-    """Says that answers end with <end_of_turn>, if the model has learned to say it."""
-    tokenizer = plan.tokenizer
+def generation_config(tokenizer: Tokenizer, template: str) -> dict[str, str]:
+    """generation_config.json of a model that learned from examples: answers end with <end_of_turn> if it learned so.
+
+    Args:
+        tokenizer: whose ids.
+        template: "chat" or "none", of the examples.
+    """
     stop_ids = [tokenizer.eos_id]
-    if settings.data.template == "chat":
+    if template == "chat":
         stop_ids.append(tokenizer.end_of_turn_id)
     values = {
         "_from_model_config": True,

@@ -119,6 +119,7 @@ class TuneRunSettings(LoopSettings):
     sequence_length: int | None = Field(default=None, ge=2)
     """Tokens of a row, and of the longest example; left out, the model's context, but no more than 1024."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    validate_first: bool = True
 
     @model_validator(mode="after")
     def _one_length(self) -> TuneRunSettings:

@@ -1,0 +1,316 @@
+"""`gemma2 distill`: a student comes nearer its teacher, live, from a cache and on its own samples; and it resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_run import KilledError, Silent
+
+import gemma2
+from gemma2.api import BUNDLED_FOLDER
+from gemma2.checkpoints import open_checkpoint, save_checkpoint
+from gemma2.cli.main import main
+from gemma2.config import Gemma2Config
+from gemma2.errors import CheckpointError, ConfigError
+from gemma2.model.loading import state_arrays
+from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.distill import check_settings, distill, write_cache
+from gemma2.training.distill_settings import DistillSettings, load_distill_settings
+from gemma2.training.distillation import torch_teacher
+from gemma2.training.engine_teacher import engine_teacher
+from gemma2.training.objectives import Batch
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random model with the bundled tokenizer, sure of itself."""
+    config = Gemma2Config.from_dict({**SHAPE, "hidden_size": 64, "vocab_size": 8192}, source="test")
+    model = Gemma2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    folder = tmp_path_factory.mktemp("teacher")
+    files = [BUNDLED_FOLDER / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    yield save_checkpoint(folder, config, state_arrays(model), tokenizer_files=files)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"How much is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(24)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "The old man looked at her and said that he would go to the river in the morning. "
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text * 8}) + "\n" for _ in range(12)))
+    return folder
+
+
+def settings_of(tmp_path: Path, base: Path, corpus: Path, name: str = "run", **changes: Any) -> DistillSettings:
+    values: dict[str, Any] = {
+        "output": str(tmp_path / name),
+        "teacher": {"name": str(base)},
+        "student": {"model": SHAPE},
+        "text": {"train": [str(corpus / "text.jsonl")], "shuffle_buffer": 20},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+        "run": {
+            "num_steps": 6,
+            "batch_size": 4,
+            "sequence_length": 32,
+            "num_threads": 1,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "save_dtype": "float32",
+        },
+    }
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}
+        elif value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_distill_settings(path)
+
+
+def run(settings: DistillSettings, progress: Silent | None = None) -> Path | None:
+    student = None if settings.student.name is None else Path(settings.student.name)
+    plan = check_settings(settings, Path(settings.teacher.name), student)
+    return distill(settings, plan, progress=progress or Silent(), say=lambda line: None)
+
+
+def weights(folder: Path | None) -> bytes:
+    assert folder is not None
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_student_comes_nearer_its_teacher(tmp_path: Path, teacher: Path, data: Path) -> None:
+    progress = Silent()
+    settings = settings_of(
+        tmp_path,
+        teacher,
+        data,
+        text={"train": [str(data / "text.jsonl")], "validation": [str(data / "text.jsonl")], "shuffle_buffer": 20},
+        run={"num_steps": 60, "validate_every": 30},
+    )
+    folder = run(settings, progress)
+    assert folder == tmp_path / "run" / "model"
+    # Random as it is, the teacher says little of the text itself; what counts is its distribution.
+    assert progress.losses[-1] < 0.6 * progress.losses[0]
+    ids = gemma2.load(teacher).tokenizer.encode("The old man looked at her and said that he would go")
+    expected = gemma2.load(teacher, weights="float32").logits(ids)
+    found = gemma2.load(folder).logits(ids)
+    new = Gemma2ForCausalLM(open_checkpoint(folder).config)
+    new.initialize(torch.Generator().manual_seed(0))
+
+    def divergence(logits: np.ndarray) -> float:
+        p, q = (torch.log_softmax(torch.tensor(x), -1) for x in (expected, logits))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    with torch.no_grad():
+        before = divergence(new(torch.tensor([ids]))[0].numpy())
+    assert divergence(found) < 0.6 * before
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_the_engine_is_the_same_teacher(teacher: Path) -> None:
+    from gemma2.model.loading import load_model
+
+    checkpoint = open_checkpoint(teacher)
+    draw = np.random.default_rng(0)
+    segments = np.array([[1] * 20 + [2] * 12, [1] * 5 + [2] * 20 + [0] * 7])
+    positions = np.array([[*range(20), *range(12)], [*range(5), *range(20), *[0] * 7]])
+    labels = draw.integers(0, 8192, (2, 32))
+    labels[draw.random((2, 32)) < 0.4] = -100
+    labels[segments == 0] = -100
+    batch = Batch(
+        input_ids=torch.from_numpy(draw.integers(0, 8192, (2, 32))),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(positions),
+        segment_ids=torch.from_numpy(segments),
+    )
+    places = torch.from_numpy(np.flatnonzero(labels.reshape(-1) != -100))
+    exact = torch_teacher(load_model(checkpoint, dtype="float32"), compute_dtype=torch.float32)(batch)
+    cap = checkpoint.config.final_logit_softcapping
+    assert cap is not None
+    expected = cap * torch.tanh(exact.at(places) / cap)
+    backend = gemma2.load(teacher, weights="float32").backend
+    for size in (1, 3, 64):
+        reader = engine_teacher(backend)(batch)
+        found = torch.cat([reader.at(piece).clone() for piece in torch.split(places, size)])
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["text", "examples"])
+def test_a_cache_of_all_words_teaches_the_same(tmp_path: Path, teacher: Path, data: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"run": {"num_steps": 20}}
+    if kind == "examples":
+        changes = {"text": None, "examples": {"train": [str(data / "sums.jsonl")]}, "run": {"num_steps": None}}
+        changes["run"]["num_epochs"] = 2
+    live = Silent()
+    run(settings_of(tmp_path, teacher, data, "live", **changes), live)
+    cache = tmp_path / "cache"
+    changes["teacher"] = {"cache": str(cache), "cache_top_k": 8192}
+    settings = settings_of(tmp_path, teacher, data, "cached", **changes)
+    plan = check_settings(settings, teacher, None, for_cache=True)
+    done: list[int] = []
+    asked = iter([True])
+    assert write_cache(
+        settings, plan, cache, on_step=lambda step, n: done.append(n), should_stop=lambda: next(asked, False)
+    ) in (
+        True,
+        False,
+    )
+    again: list[int] = []
+    assert write_cache(settings, plan, cache, on_step=lambda step, n: again.append(n))
+    assert len(again) == plan.num_steps
+    if plan.num_steps > 16:
+        assert len(done) == 16, "it stops after a file"
+        assert again[:16] == [0] * 16, "and goes on after what is there"
+    cached = Silent()
+    run(settings, cached)
+    assert cached.losses == pytest.approx(live.losses, rel=2e-3)
+
+    few = settings_of(tmp_path, teacher, data, "few", **{**changes, "teacher": {"cache": str(tmp_path / "few8")}})
+    assert few.teacher.cache is not None
+    write_cache(
+        few, check_settings(few, teacher, None, for_cache=True), few.teacher.cache, on_step=lambda step, n: None
+    )
+    sixty_four = Silent()
+    run(few, sixty_four)
+    assert sixty_four.losses[-1] < sixty_four.losses[0]
+
+    file = sorted(cache.glob("steps-*.safetensors"))[0]
+    contents = bytearray(file.read_bytes())
+    contents[-9] ^= 1
+    file.write_bytes(contents)
+    with pytest.raises(CheckpointError, match="its checksum is another one"):
+        run(settings_of(tmp_path, teacher, data, "damaged", **changes))
+    changes["run"] = {**changes["run"], "seed": 3}
+    with pytest.raises(ConfigError, match=r"is a cache of something else \(identity.run.seed: 0 then, 3 now\)"):
+        run(settings_of(tmp_path, teacher, data, "other", **changes))
+
+
+@pytest.mark.parametrize("source", ["live", "on policy", "cache"])
+def test_a_run_that_dies_ends_with_the_same_student(tmp_path: Path, teacher: Path, data: Path, source: str) -> None:
+    changes: dict[str, Any] = {}
+    if source == "on policy":
+        changes = {
+            "text": None,
+            "examples": {"train": [str(data / "sums.jsonl")]},
+            "on_policy": {"fraction": 0.6},
+            "run": {"num_steps": 4, "batch_size": 2},
+        }
+    if source == "cache":
+        changes = {"teacher": {"cache": str(tmp_path / "cache")}}
+        settings = settings_of(tmp_path, teacher, data, **changes)
+        plan = check_settings(settings, teacher, None, for_cache=True)
+        write_cache(settings, plan, tmp_path / "cache", on_step=lambda step, n: None)
+    whole = run(settings_of(tmp_path, teacher, data, "whole", **changes))
+    settings = settings_of(tmp_path, teacher, data, "broken", **changes)
+    with pytest.raises(KilledError):
+        run(settings, Silent(3))
+    assert weights(run(settings)) == weights(whole)
+
+
+def test_what_a_student_says_itself(tmp_path: Path, teacher: Path, data: Path) -> None:
+    from gemma2.data import ExampleLoader, tokenize_examples
+    from gemma2.model.loading import load_model
+    from gemma2.text import Tokenizer
+    from gemma2.training.distill_settings import OnPolicySettings
+    from gemma2.training.on_policy import OnPolicyLoader
+
+    tokenizer = Tokenizer.from_folder(teacher)
+    examples = tokenize_examples([str(data / "sums.jsonl")], tokenizer, sequence_length=64)
+    student = load_model(open_checkpoint(teacher), dtype="float32")
+    settings = OnPolicySettings(temperature=100.0)
+    plain = next(ExampleLoader(examples, batch_size=3))
+    sampled = next(OnPolicyLoader(ExampleLoader(examples, batch_size=3), student, tokenizer, settings, seed=1))
+    again = next(OnPolicyLoader(ExampleLoader(examples, batch_size=3), student, tokenizer, settings, seed=1))
+    other = next(OnPolicyLoader(ExampleLoader(examples, batch_size=3), student, tokenizer, settings, seed=2))
+    np.testing.assert_array_equal(sampled.input_ids, again.input_ids)
+    assert (sampled.input_ids != other.input_ids).any()
+    for row in range(3):
+        for segment in range(1, plain.segment_ids[row].max() + 1):
+            before, after = plain.segment_ids[row] == segment, sampled.segment_ids[row] == segment
+            prompt = int(np.flatnonzero(plain.labels[row, before] != -100)[0]) + 1
+            np.testing.assert_array_equal(
+                plain.input_ids[row, before][:prompt], sampled.input_ids[row, after][:prompt], "prompts stay"
+            )
+            ids, labels = sampled.input_ids[row, after], sampled.labels[row, after]
+            assert (labels[: prompt - 1] == -100).all() and (labels[prompt - 1 :] != -100).all()
+            np.testing.assert_array_equal(ids[prompt:], labels[prompt - 1 : -1])
+            np.testing.assert_array_equal(sampled.positions[row, after], np.arange(len(ids)))
+    assert (sampled.labels[sampled.segment_ids == 0] == -100).all()
+
+
+def test_students_that_exist_and_adapters(tmp_path: Path, teacher: Path, data: Path) -> None:
+    student = run(settings_of(tmp_path, teacher, data, "first", run={"num_steps": 2}))
+    settings = settings_of(
+        tmp_path,
+        teacher,
+        data,
+        "second",
+        student={"name": str(student), "model": None},
+        adapter={"r": 4},
+        teacher={"backend": "cpu", "weights": "q8"},
+        objective={"kind": "jsd", "beta": 0.3, "temperature": 2.0, "hard_label_weight": 0.2},
+        run={"num_steps": 8},
+    )
+    progress = Silent()
+    folder = run(settings, progress)
+    assert folder == tmp_path / "second" / "adapter"
+    assert np.mean(progress.losses[-3:]) < np.mean(progress.losses[:3])
+    gemma2.load(student, adapter=folder).generate("The old man", max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": None}, "data is needed"),
+        ({"student": {"name": "bundled"}}, "needs either name"),
+        ({"student": {"model": {**SHAPE, "hiden_size": 3}}}, "there is no field 'hiden_size'"),
+        ({"adapter": {"r": 2}}, "a new student is random"),
+        ({"teacher": {"backend": "cpu", "weights": "nf4"}}, "cpu runs auto, float32, bfloat16, q8, q4, not nf4"),
+        ({"teacher": {"cache": "x"}, "on_policy": {}}, "what the student will say cannot be in"),
+        ({"objective": {"kind": "kl"}}, "objective.kind"),
+        ({"run": {"num_steps": None}}, "run.num_steps is needed with text"),
+    ],
+)
+def test_mistakes_in_settings(tmp_path: Path, data: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_of(tmp_path, tmp_path, data, **changes)
+
+
+def test_the_command(tmp_path: Path, teacher: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings_of(tmp_path, teacher, data, teacher={"cache": str(tmp_path / "cache")}, run={"num_steps": 2})
+    path = str(tmp_path / "run.yaml")
+    assert main(["distill", path, "--dry-run"]) == 0
+    assert "bytes a trained token" in capsys.readouterr().err
+    assert main(["distill", path]) == 1
+    assert "holds no cache.json; write a cache with `gemma2 distill cache" in capsys.readouterr().err
+    assert main(["distill", "cache", path]) == 0
+    assert main(["distill", path]) == 0
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    assert main(["distill", "cash", path]) == 1
+    assert "one file of settings is needed, or cache and one" in capsys.readouterr().err
