@@ -1,0 +1,186 @@
+"""Runs of a few steps, in one process or as tasks of several: what each gives is its curve."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma2.config import Gemma2Config
+from gemma2.distributed import joined_ranks
+from gemma2.training.loop import StepReport
+
+BASE = Gemma2Config(
+    vocab_size=8192,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    query_pre_attn_scalar=12,
+    sliding_window=16,
+    max_position_embeddings=64,
+    attn_logit_softcapping=2.0,  # low, so that both caps bite
+    final_logit_softcapping=3.0,
+)
+FSDP: dict[str, Any] = {"data": 2}
+TENSOR: dict[str, Any] = {"tensor": 2}
+
+
+class KilledError(Exception):
+    """Stands for a process that is killed."""
+
+
+@dataclass
+class Curve:
+    """What a run told of itself."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    validations: dict[int, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    finished: bool = False
+    die_at: int | None = None
+
+    def on_step(self, report: StepReport) -> None:
+        self.losses[report.step] = report.loss
+        if report.step == self.die_at:
+            raise KilledError
+
+    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        self.validations[step] = loss
+
+    def on_checkpoint(self, path: Path) -> None:
+        pass
+
+
+def pretrain_settings(corpus: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a model whose vocabulary, 530, and rows of batches divide by two and not by four."""
+    return _changed(
+        {
+            "output": str(output),
+            "model": {
+                "hidden_size": 32,
+                "intermediate_size": 66,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "query_pre_attn_scalar": 5,
+                "sliding_window": 8,
+                "max_position_embeddings": 64,
+                "initializer_range": 0.1,
+                "attn_logit_softcapping": 1.0,
+                "final_logit_softcapping": 4.0,
+            },
+            "tokenizer": {"vocab_size": 530},
+            "data": {
+                "train": [str(corpus)],
+                "validation": [str(corpus)],
+                "validation_max_tokens": 400,
+                "shuffle_buffer": 50,
+            },
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "max_grad_norm": 0.5},
+            "run": {
+                "num_steps": 8,
+                "batch_size": 4,
+                "sequence_length": 32,
+                "num_threads": 1,
+                "log_every": 1,
+                "validate_every": 4,
+                "checkpoint_every": 3,
+                "save_dtype": "float32",
+                "device": "cpu",
+            },
+        },
+        changes,
+    )
+
+
+def tune_settings(examples: Path, base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of an adapter whose width does not divide by two."""
+    return _changed(
+        {
+            "output": str(output),
+            "model": {"name": str(base)},
+            "adapter": {"r": 3},
+            "data": {"train": [str(examples / "sums.jsonl")], "validation": [str(examples / "sums.jsonl")]},
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+            "run": {
+                "num_steps": 6,
+                "batch_size": 4,
+                "dtype": "float32",
+                "num_threads": 1,
+                "log_every": 1,
+                "validate_every": 3,
+                "checkpoint_every": 2,
+                "save_dtype": "float32",
+                "device": "cpu",
+            },
+        },
+        changes,
+    )
+
+
+def run(
+    settings: dict[str, Any],
+    parallel: dict[str, Any] | None = None,
+    die_at: int | None = None,
+    stop: tuple[int, int] | None = None,
+) -> Curve:
+    """Pretrains or tunes; in each process of several the same.
+
+    Args:
+        settings: of one of the two.
+        parallel: the section of that name.
+        die_at: a step after which an exception ends the run.
+        stop: (rank, step) after which one process asks to stop.
+    """
+    curve = Curve(die_at=die_at)
+    settings = {**settings, "parallel": parallel or {}}
+    section = {"data": None, "tensor": 1, **(parallel or {})}
+    with joined_ranks(**section, device="cpu") as ranks:
+
+        def should_stop() -> bool:
+            return (ranks.rank, max(curve.losses, default=0)) == stop
+
+        with contextlib.suppress(KilledError):
+            curve.finished = _start(settings, curve, should_stop, ranks) is not None
+    return curve
+
+
+def _start(settings: dict[str, Any], curve: Curve, should_stop: Any, ranks: Any) -> Path | None:
+    if "tokenizer" in settings:
+        from gemma2.training.pretrain import pretrain
+        from gemma2.training.settings import PretrainSettings
+
+        checked = PretrainSettings.model_validate(settings)
+        return pretrain(checked, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks)
+    from gemma2.training.tune import check_settings, tune
+    from gemma2.training.tune_settings import TuneSettings
+
+    tuned = TuneSettings.model_validate(settings)
+    plan = check_settings(tuned, Path(settings["model"]["name"]), ranks=ranks)
+    return tune(tuned, plan, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks)
+
+
+def command(arguments: list[str]) -> tuple[int, str]:
+    """The command line in this process: its status and what it wrote to standard error."""
+    from gemma2.cli.main import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as written:
+        status = main(arguments)
+    return status, written.getvalue()
+
+
+def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}
+        elif value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    return values
