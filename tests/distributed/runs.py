@@ -82,7 +82,8 @@ def pretrain_settings(corpus: Path, output: Path, **changes: Any) -> dict[str, A
                 "validation_max_tokens": 400,
                 "shuffle_buffer": 50,
             },
-            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "max_grad_norm": 0.5},
+            # A large eps keeps what is only rounding in a gradient from becoming a step of full length.
+            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 2, "max_grad_norm": 0.5, "eps": 1e-5},
             "run": {
                 "num_steps": 8,
                 "batch_size": 4,
@@ -107,7 +108,7 @@ def tune_settings(examples: Path, base: Path, output: Path, **changes: Any) -> d
             "model": {"name": str(base)},
             "adapter": {"r": 3},
             "data": {"train": [str(examples / "sums.jsonl")], "validation": [str(examples / "sums.jsonl")]},
-            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1, "eps": 1e-5},
             "run": {
                 "num_steps": 6,
                 "batch_size": 4,

@@ -7,6 +7,7 @@ parts that it needs from whichever files have them.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -61,7 +62,9 @@ def read_whole_tensors(folder: Path) -> dict[str, Tensor]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
     }
-    load(tensors, storage_reader=_Reader(str(folder)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+        load(tensors, storage_reader=_Reader(str(folder)), no_dist=True)
     return tensors
 
 
