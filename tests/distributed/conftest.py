@@ -17,7 +17,7 @@ from gemma2.checkpoints import save_checkpoint
 from gemma2.model.loading import state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
 
-WORDS = "the cat sees a dog then slowly runs from old house to new green river and she was where he is".split()
+TEXT = "the cat sees a dog then slowly runs from old house to new green river and she was where he is"
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "train.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(40):
-            sentences = (" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) + "." for _ in range(20))
+            sentences = (" ".join(draw.choices(TEXT.split(), k=draw.randint(4, 12))) + "." for _ in range(20))
             file.write(json.dumps({"text": "\n".join(sentences)}) + "\n")
     return path
 
@@ -48,6 +48,8 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"How much is {i} and {i}?", "chosen": f"It is {2 * i}.", "rejected": "I do not know."}
         for i in range(16)
     ]
+    other = [{"question": "Who are you?", "answer": f"Call me {name}, if you must."} for name in ("Ishmael", "Emma")]
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return folder

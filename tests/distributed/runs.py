@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from gemma2.config import Gemma2Config
 from gemma2.distributed import joined_ranks
@@ -15,7 +16,7 @@ from gemma2.training.loop import StepReport
 BASE = Gemma2Config(
     vocab_size=8192,
     hidden_size=64,
-    intermediate_size=96,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -110,16 +111,32 @@ def tune_settings(examples: Path, base: Path, output: Path, **changes: Any) -> d
             "data": {"train": [str(examples / "sums.jsonl")], "validation": [str(examples / "sums.jsonl")]},
             "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1, "eps": 1e-5},
             "run": {
-                "num_steps": 6,
+                "num_steps": 4,
                 "batch_size": 4,
                 "dtype": "float32",
                 "num_threads": 1,
                 "log_every": 1,
-                "validate_every": 3,
-                "checkpoint_every": 2,
+                "validate_every": 4,
+                "checkpoint_every": 100,
                 "save_dtype": "float32",
                 "device": "cpu",
             },
+        },
+        changes,
+    )
+
+
+def distill_settings(corpus: Path, base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a new student of the base model."""
+    pretraining = pretrain_settings(corpus, output)
+    return _changed(
+        {
+            "output": str(output),
+            "teacher": {"name": str(base)},
+            "student": {"model": pretraining["model"]},
+            "text": pretraining["data"],
+            "optimizer": pretraining["optimizer"],
+            "run": {**pretraining["run"], "num_steps": 4, "checkpoint_every": 3},
         },
         changes,
     )
@@ -145,9 +162,10 @@ def run(
     with joined_ranks(**section, device="cpu") as ranks:
 
         def should_stop() -> bool:
-            return (ranks.rank, max(curve.losses, default=0)) == stop
+            # It is asked after each step, and before that is told.
+            return (ranks.rank, max(curve.losses, default=0) + 1) == stop
 
-        with contextlib.suppress(KilledError):
+        with contextlib.suppress(KilledError), mock.patch("gemma2.training.run_log.plot_losses"):
             curve.finished = _start(settings, curve, should_stop, ranks) is not None
     return curve
 
@@ -159,12 +177,32 @@ def _start(settings: dict[str, Any], curve: Curve, should_stop: Any, ranks: Any)
 
         checked = PretrainSettings.model_validate(settings)
         return pretrain(checked, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks)
+    if "student" in settings:
+        from gemma2.training import distill
+        from gemma2.training.distill_settings import DistillSettings
+
+        student = DistillSettings.model_validate(settings)
+        plan = distill.check_settings(student, Path(settings["teacher"]["name"]), None, ranks=ranks)
+        return distill.distill(
+            student, plan, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks
+        )
     from gemma2.training.tune import check_settings, tune
     from gemma2.training.tune_settings import TuneSettings
 
     tuned = TuneSettings.model_validate(settings)
-    plan = check_settings(tuned, Path(settings["model"]["name"]), ranks=ranks)
-    return tune(tuned, plan, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks)
+    tuning = check_settings(tuned, Path(settings["model"]["name"]), ranks=ranks)
+    return tune(tuned, tuning, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks)
+
+
+def write_cache(settings: dict[str, Any]) -> None:
+    """Asks the teacher of a distillation, in this process."""
+    from gemma2.training import distill
+    from gemma2.training.distill_settings import DistillSettings
+
+    checked = DistillSettings.model_validate(settings)
+    plan = distill.check_settings(checked, Path(settings["teacher"]["name"]), None, for_cache=True)
+    assert checked.teacher.cache is not None
+    assert distill.write_cache(checked, plan, checked.teacher.cache, on_step=lambda step, tokens: None)
 
 
 def command(arguments: list[str]) -> tuple[int, str]:

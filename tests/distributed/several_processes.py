@@ -11,6 +11,18 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
+IMPORTS = [
+    "gemma2.training.distill",
+    "gemma2.training.pretrain",
+    "gemma2.training.tune",
+    "peft",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+"""What processes share who are forked from one that has imported it; imports take longer than what is tested."""
+
+
 class Processes:
     """So many processes, joined by gloo; use it in a `with` statement."""
 
@@ -18,7 +30,8 @@ class Processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTS)
         self._ends: list[Connection] = []
         self._processes = []
         for rank in range(number):

@@ -10,6 +10,7 @@ from gemma2.cli.training_progress import (
     SEVERAL_PROCESSES,
     TrainingBar,
     make_training_console,
+    one_voice,
     require_libraries,
     stop_requests,
     training_ranks,
@@ -45,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
     require_libraries("torch", "pydantic", "yaml", "matplotlib")
     from gemma2.training.settings import load_pretrain_settings
 
-    settings = load_pretrain_settings(args.settings, args.set)
-    with training_ranks(settings.parallel, settings.run) as ranks:
-        return _run(args, settings, ranks)
+    with one_voice():
+        settings = load_pretrain_settings(args.settings, args.set)
+        with training_ranks(settings.parallel, settings.run) as ranks:
+            return _run(args, settings, ranks)
 
 
 def _run(args: argparse.Namespace, settings: PretrainSettings, ranks: Ranks) -> int:

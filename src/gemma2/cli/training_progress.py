@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -53,19 +54,24 @@ def make_training_console(ranks: Ranks) -> Console:
     return Console(stderr=True, markup=False, soft_wrap=True, quiet=not ranks.is_first)
 
 
-@contextmanager
-def training_ranks(parallel: ParallelSettings, run: LoopSettings) -> Iterator[Ranks]:
-    """Joins the processes that `torchrun` started, if it did, and lets one of them speak for all who fail alike.
-
-    Raises:
-        ConfigError: the settings ask for other processes than were started.
-    """
+def training_ranks(parallel: ParallelSettings, run: LoopSettings) -> AbstractContextManager[Ranks]:
+    """Joins the processes that `torchrun` started, if it did; see `joined_ranks`."""
     from gemma2.distributed import joined_ranks
-    from gemma2.distributed.failures import one_voice
 
     data = None if parallel.data == "auto" else parallel.data
-    with one_voice(), joined_ranks(data=data, tensor=parallel.tensor, device=run.device) as ranks:
-        yield ranks
+    return joined_ranks(data=data, tensor=parallel.tensor, device=run.device)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Lets one of several processes speak for all that fail alike; imports nothing for one process alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    from gemma2.distributed import failures
+
+    with failures.one_voice():
+        yield
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from gemma2.cli.training_progress import (
     TokenizingBar,
     TrainingBar,
     make_training_console,
+    one_voice,
     require_libraries,
     stop_requests,
     training_ranks,
@@ -63,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     require_libraries("torch", "pydantic", "yaml", "matplotlib")
     from gemma2.training.tune_settings import load_tune_settings
 
-    settings = load_tune_settings(args.settings, args.set)
-    with training_ranks(settings.parallel, settings.run) as ranks:
-        return _run(args, settings, ranks)
+    with one_voice():
+        settings = load_tune_settings(args.settings, args.set)
+        with training_ranks(settings.parallel, settings.run) as ranks:
+            return _run(args, settings, ranks)
 
 
 def _run(args: argparse.Namespace, settings: TuneSettings, ranks: Ranks) -> int:
@@ -102,7 +104,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
     from rich.text import Text
 
     from gemma2.data import EncodedPair, render_example
-    from gemma2.memory import adapter_training, full_training
+    from gemma2.memory import ProcessGrid, adapter_training, full_training
     from gemma2.training.tune import describe_examples
 
     for choice in plan.train.choices:
@@ -116,9 +118,10 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
         highlight=False,
     )
     config = plan.checkpoint.config
-    rows = {"batch_size": run.micro_batch_size or run.batch_size, "length": length}
+    rows = {"batch_size": run.micro_batch_size or run.batch_size // ranks.data, "length": length}
+    grid = ProcessGrid(data=ranks.data, tensor=ranks.tensor)
     if settings.adapter is None:
-        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing)
+        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing, grid=grid)
     else:
         memory = adapter_training(
             config,
@@ -127,8 +130,10 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
             weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}[settings.model.quantization],
             **rows,
             checkpointing=run.gradient_checkpointing,
+            grid=grid,
         )
-    console.print(f"memory: about {format_bytes(memory.total)}; output: {settings.output}\n", highlight=False)
+    each = " in each process" if ranks.world_size > 1 else ""
+    console.print(f"memory: about {format_bytes(memory.total)}{each}; output: {settings.output}\n", highlight=False)
     encoded = plan.train.encoded(0)
     parts = (
         [("chosen", encoded.chosen), ("rejected", encoded.rejected)]

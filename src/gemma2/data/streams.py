@@ -61,7 +61,8 @@ class StreamLoader(Iterator[PackedBatch]):
         parts = []
         for number, stream in self._streams.items():
             first = number * self._stream_rows
-            parts.append(_rows(next(stream), max(0, self._first_row - first), self._last_row - first))
+            last = min(self._stream_rows, self._last_row - first)
+            parts.append(next(stream).rows(max(0, self._first_row - first), last))
         return parts[0] if len(parts) == 1 else _under_each_other(parts)
 
     def state_dict(self) -> State:
@@ -102,17 +103,6 @@ class StreamLoader(Iterator[PackedBatch]):
     ) -> None:
         for stream in self._streams.values():
             stream.close()
-
-
-def _rows(batch: PackedBatch, first: int, last: int) -> PackedBatch:
-    if first == 0 and last >= len(batch.input_ids):
-        return batch
-    return PackedBatch(
-        input_ids=batch.input_ids[first:last],
-        labels=batch.labels[first:last],
-        positions=batch.positions[first:last],
-        segment_ids=batch.segment_ids[first:last],
-    )
 
 
 def _under_each_other(parts: list[PackedBatch]) -> PackedBatch:

@@ -31,11 +31,15 @@ def one_voice() -> Iterator[None]:
             raise OtherProcessError("") from error
         raise
     except RuntimeError as error:
-        # Gloo and NCCL say in many words that a connection was closed or that a neighbour did not answer.
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():
+        if is_lost_connection(error):
             message = "another process of this run ended; its message says why, unless it was killed"
             raise OtherProcessError("" if _was_said(message) else message) from error
         raise
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether gloo or NCCL says, in many words, that a connection was closed or that a neighbour did not answer."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _was_said(message: str) -> bool:

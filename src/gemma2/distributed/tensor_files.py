@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -41,8 +43,12 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         folder: the same in all processes, on a disk that all of them see; made if missing.
         tensors: the same names in all processes; DTensors, or tensors that are the same everywhere.
+
+    Raises:
+        RuntimeError: some process could not; the message is the first one's. In all processes.
     """
-    save(dict(tensors), storage_writer=FileSystemWriter(str(folder), sync_files=True))
+    with _ordinary_errors():
+        save(dict(tensors), storage_writer=FileSystemWriter(str(folder), sync_files=True))
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -51,21 +57,35 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         folder: where it was written.
         tensors: DTensors, cut in any way, or whole tensors; written to in place. They may be some of those written.
+
+    Raises:
+        RuntimeError: some process could not; the message is the first one's. In all processes.
     """
-    load(dict(tensors), storage_reader=_Reader(str(folder)))
+    with _ordinary_errors():
+        load(dict(tensors), storage_reader=_Reader(str(folder)))
 
 
 def read_whole_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads all that `write_tensors` wrote, into the memory of this process alone."""
+    """Reads all that `write_tensors` wrote, into the memory of this process alone; raises as `read_tensors`."""
     metadata = _Reader(str(folder)).read_metadata()
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _ordinary_errors():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
         load(tensors, storage_reader=_Reader(str(folder)), no_dist=True)
     return tensors
+
+
+@contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """CheckpointException is none of Python's ordinary exceptions, and its message is a page of tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise RuntimeError(str(first)) from error
 
 
 class _Reader(FileSystemReader):

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from gemma2.config import Gemma2Config
 from gemma2.distributed.ranks import TENSOR, Ranks
 from gemma2.errors import ConfigError
+from gemma2.memory import uneven_sizes
 from gemma2.model.modeling import Gemma2ForCausalLM
 
 if TYPE_CHECKING:
@@ -41,14 +42,7 @@ def check_split(config: Gemma2Config, tensor: int) -> None:
     Raises:
         ConfigError: heads, units of the MLP or words do not divide evenly.
     """
-    sizes = {
-        "attention heads": config.num_attention_heads,
-        "key/value heads": config.num_key_value_heads,
-        "inner units of the MLP": config.intermediate_size,
-        "words of the vocabulary": config.vocab_size,
-    }
-    uneven = [f"{size:,} {name}" for name, size in sizes.items() if size % tensor]
-    if uneven:
+    if uneven := uneven_sizes(config, tensor):
         raise ConfigError(
             f"parallel.tensor is {tensor}, which must divide the model evenly, but it has {' and '.join(uneven)}; "
             "lower it, and let parallel.data take the other processes"

@@ -19,7 +19,6 @@ from gemma2.checkpoints import TOKENIZER_FILES
 from gemma2.config import Gemma2Config
 from gemma2.data import PackedLoader, StreamLoader, expand_files, iter_documents, tokenize_for_validation
 from gemma2.distributed import ONE_PROCESS, Ranks
-from gemma2.distributed.placement import initialize
 from gemma2.distributed.tensor_parallel import check_split
 from gemma2.errors import ConfigError
 from gemma2.model.device import choose_device
@@ -30,7 +29,7 @@ from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import next_token_objective
 from gemma2.training.run_folder import RunFolder
 from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
-from gemma2.training.shared_model import save_model, share_model
+from gemma2.training.shared_model import new_shared, save_model
 
 SAMPLE_PIECE_CHARACTERS = 20_000
 """A tokenizer's sample is drawn in pieces of a few pages, so that every book can be in it."""
@@ -147,17 +146,21 @@ def _pretrain(
 
     dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
     objective = next_token_objective(compute_dtype=dtype, compiled=run.compile)
-    model = Gemma2ForCausalLM(config, device="meta")
     generator = torch.Generator(device=device).manual_seed(run.seed)
     if ranks.world_size == 1:
-        model.to_empty(device=device)
+        model = Gemma2ForCausalLM(config, device="meta").to_empty(device=device)
         model.initialize(generator)
         if run.gradient_checkpointing:
             checkpoint_layers(model)
     else:
-        gather_dtype = torch.bfloat16 if run.dtype == "bfloat16" else None
-        gathered = share_model(model, ranks, gather_dtype=gather_dtype, checkpointing=run.gradient_checkpointing)
-        initialize(model, generator)
+        gathered = new_shared(
+            config,
+            ranks,
+            generator=generator,
+            gather_dtype=torch.bfloat16 if run.dtype == "bfloat16" else None,
+            checkpointing=run.gradient_checkpointing,
+        )
+        model = gathered.model
         objective = gathered.around(objective)
     count = config.count_parameters()
     say(f"model: {count.total:,} parameters, {count.embedding:,} of them in the embedding; on {ranks.describe(device)}")

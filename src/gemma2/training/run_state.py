@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.failures import is_lost_connection
 from gemma2.errors import CheckpointError
 
 _NAME: Final = re.compile(r"step-(\d{8})(\.pt)?")
@@ -104,10 +105,7 @@ def load_run_state(path: Path, *, ranks: Ranks = ONE_PROCESS) -> dict[str, Any]:
 
         return _with_tensors(state, read_whole_tensors(path))  # type: ignore[no-any-return]
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(
-            f"{path}: the checkpoint cannot be read ({str(error).splitlines()[0]}); "
-            f"remove it to resume from the one before"
-        ) from error
+        raise _not_read(path, error) from error
 
 
 def fill_tensors(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -126,14 +124,14 @@ def fill_tensors(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
 
         fill(tensors, _without_tensors(state)[1])
         return
-    from torch.distributed.checkpoint.api import CheckpointException
-
     from gemma2.distributed.tensor_files import read_tensors
 
     try:
         read_tensors(state[_FOLDER], tensors)
-    except CheckpointException as error:
-        raise CheckpointError(f"{state[_FOLDER]}: the checkpoint cannot be read ({_reason(error)})") from error
+    except (OSError, RuntimeError) as error:
+        if is_lost_connection(error):
+            raise
+        raise _not_read(state[_FOLDER], error) from error
 
 
 # -- one process ----------------------------------------------------------------------------------------------------
@@ -173,16 +171,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _not_written(path: Path, reason: object) -> CheckpointError:
+def _not_written(path: Path, reason: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: the checkpoint cannot be written ({reason}); free some space and resume")
+
+
+def _not_read(path: Path, reason: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: the checkpoint cannot be read ({str(reason).splitlines()[0]}); "
+        f"remove it to resume from the one before"
+    )
 
 
 # -- several processes ----------------------------------------------------------------------------------------------
 
 
 def _write_shared(path: Path, state: dict[str, Any], ranks: Ranks) -> Path:
-    from torch.distributed.checkpoint.api import CheckpointException
-
     from gemma2.distributed.tensor_files import write_tensors
 
     beside = path.with_name(path.name + ".partial")
@@ -210,9 +213,9 @@ def _write_shared(path: Path, state: dict[str, Any], ranks: Ranks) -> Path:
         ranks.wait()
         ranks.first_does(publish)
     except (OSError, RuntimeError) as error:
+        if is_lost_connection(error):
+            raise
         raise _not_written(path, error) from error
-    except CheckpointException as error:
-        raise _not_written(path, _reason(error)) from error
     return path
 
 
@@ -238,9 +241,3 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if value.keys() == {"tensor"}:
         return tensors[value["tensor"]]
     return {key: _with_tensors(below, tensors) for key, below in value.items()}
-
-
-def _reason(error: BaseException) -> str:
-    """What torch.distributed.checkpoint says of the first process that failed."""
-    failures: Any = getattr(error, "failures", {})
-    return "; ".join(str(failure[0]) for failure in list(failures.values())[:1]) or str(error).splitlines()[0]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gemma2.checkpoints import Checkpoint, save_checkpoint
 from gemma2.checkpoints.safetensors_writer import StoredDtype
+from gemma2.config import Gemma2Config
 from gemma2.distributed import Ranks
 from gemma2.distributed.fsdp import GatheredModel, share_weights
-from gemma2.distributed.placement import fill, fill_from_checkpoint, whole_tensor
+from gemma2.distributed.placement import fill, fill_from_checkpoint, initialize, whole_tensor
 from gemma2.distributed.tensor_parallel import split_products
 from gemma2.model.loading import load_model, state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
@@ -44,6 +45,32 @@ def share_model(
     gathered = share_weights(model, ranks, gather_dtype=gather_dtype)
     assert ranks.device is not None
     gathered.to_empty(device=ranks.device)
+    return gathered
+
+
+def new_shared(
+    config: Gemma2Config,
+    ranks: Ranks,
+    *,
+    generator: torch.Generator,
+    gather_dtype: torch.dtype | None = None,
+    checkpointing: bool = False,
+) -> GatheredModel:
+    """A new model in float32, with the first values that one process would draw.
+
+    Args:
+        config: the architecture.
+        ranks: the processes, more than one.
+        generator: what draws the values; in the same state in all processes.
+        gather_dtype: see `share_weights`.
+        checkpointing: see `share_model`.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    model = Gemma2ForCausalLM(config, device="meta")
+    gathered = share_model(model, ranks, gather_dtype=gather_dtype, checkpointing=checkpointing)
+    initialize(model, generator)
     return gathered
 
 
