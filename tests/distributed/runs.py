@@ -194,6 +194,23 @@ def _start(settings: dict[str, Any], curve: Curve, should_stop: Any, ranks: Any)
     return tune(tuned, tuning, progress=curve, say=curve.lines.append, should_stop=should_stop, ranks=ranks)
 
 
+def embedding_gradients(ids: list[int]) -> list[float]:
+    """Of the sum of the embedding's rows of some words: one number for each word that this process has."""
+    import torch
+
+    from gemma2.distributed.placement import own_part
+    from gemma2.distributed.tensor_parallel import split_products
+    from gemma2.model.modeling import Gemma2ForCausalLM
+
+    with joined_ranks(data=None, tensor=2, device="cpu") as ranks:
+        model = Gemma2ForCausalLM(BASE.replace(vocab_size=10, num_hidden_layers=1))
+        split_products(model, ranks)
+        model.model.embed_tokens(torch.tensor([ids])).sum().backward()  # type: ignore[no-untyped-call]
+        gradient = model.model.embed_tokens.weight.grad
+        assert gradient is not None
+        return own_part(gradient)[:, 0].tolist()
+
+
 def write_cache(settings: dict[str, Any]) -> None:
     """Asks the teacher of a distillation, in this process."""
     from gemma2.training import distill

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-
 IMPORTS = [
     "gemma2.training.distill",
     "gemma2.training.pretrain",

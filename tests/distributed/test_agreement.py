@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import BASE, FSDP, TENSOR, command, pretrain_settings, run, tune_settings
+from runs import BASE, FSDP, TENSOR, command, embedding_gradients, pretrain_settings, run, tune_settings
 from several_processes import Processes
 
 import gemma2
@@ -62,6 +62,11 @@ def test_batches_and_models_that_cannot_be_cut() -> None:
         check_split(BASE, 4)
     with pytest.raises(ConfigError, match=r"8,191 words of the vocabulary"):
         check_split(BASE.replace(vocab_size=8191), 2)
+
+
+def test_every_word_learns_but_padding(pair: Processes) -> None:
+    """Also the first one that the second process has, whose place there is that of padding in the first."""
+    assert pair.all_do(embedding_gradients, [0, 1, 4, 5, 5, 9]) == [[0, 1, 0, 0, 1], [2, 0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(
