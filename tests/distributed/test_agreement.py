@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -165,3 +166,12 @@ def test_a_folder_from_elsewhere_runs_no_code(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(torch.nn.Linear))
     with pytest.raises(pickle.UnpicklingError, match="Linear"):
         read_whole_tensors(tmp_path)
+
+
+def test_the_example_files_call_the_same_command() -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    script = examples / "slurm-tune.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    task = yaml.safe_load((examples / "skypilot-tune.yaml").read_text())
+    for text in (script.read_text(), task["run"]):
+        assert re.search(r"torchrun .*-m gemma2 tune \"\$", text, re.S)

@@ -87,11 +87,10 @@ def fill_from_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _read(tensor: LazyTensor, region: Region) -> Tensor:
-    piece = np.ascontiguousarray(tensor.numpy()[region])
+    piece = np.array(tensor.numpy()[region])  # a copy: PyTorch warns of memory that may not be written to
     if piece.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(piece.view(np.int16)).view(torch.bfloat16)
-    # from_numpy warns of memory that may not be written to, which a part that is a whole tensor of the file is.
-    return torch.from_numpy(piece if piece.flags.writeable else piece.copy())
+    return torch.from_numpy(piece)
 
 
 @torch.no_grad()

@@ -173,6 +173,10 @@ def joined_ranks(*, data: int | None, tensor: int, device: str) -> Iterator[Rank
         return
     if not torch.distributed.is_available():
         raise ConfigError("this PyTorch was built without torch.distributed, which several processes need")
+    from torch.distributed.fsdp import FSDPModule
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"several processes need a newer PyTorch than {torch.__version__}; 2.13 is tested")
     own_device = _own_device(device)
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)
