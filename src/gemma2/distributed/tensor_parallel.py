@@ -9,8 +9,8 @@ some of the words:
     head                   the same rows: each computes its words' logits; see `VocabularyPart`
     norms, residual        whole in each process
 
-So a layer adds up twice in the forward pass. LoRA follows its map: where the map is cut by rows, so is B, and A is
-whole; where it is cut by columns, so is A, and B is whole.
+So a layer adds up twice in the forward pass and twice in the backward pass; more often with adapters. LoRA follows its
+map: where the map is cut by rows, so is B, and A is whole; where it is cut by columns, so is A, and B is whole.
 """
 
 from __future__ import annotations
@@ -86,9 +86,16 @@ def split_products(model: Gemma2ForCausalLM, ranks: Ranks) -> None:
 
 def _layer_plan(layer: nn.Module) -> dict[str, Any]:
     """`parallelize_module`'s plan of a layer, whose maps may have adapters."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
 
     plan: dict[str, Any] = {}
+    for block, num_inputs in (("self_attn", 3), ("mlp", 1)):
+        maps = [layer.get_submodule(name) for name in _BY_ROWS if name.startswith(block)]
+        if all(isinstance(module, nn.Linear) for module in maps):
+            # The maps then share one input, whose gradient is added up once and not for each of them.
+            layouts = (Replicate(), *[None] * (num_inputs - 1))
+            plan[block] = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
     for names, style in ((_BY_ROWS, ColwiseParallel), (_BY_COLUMNS, RowwiseParallel)):
         for name in names:
             module = layer.get_submodule(name)
