@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma2.cli.main import VERBS
+from gemma2.cli.main import VERBS, main
 from gemma2.config import PRESETS, Gemma2Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,6 +195,16 @@ def test_the_table_of_sizes_is_the_codes() -> None:
     text = ARCHITECTURE.read_text(encoding="utf-8")
     table = text.partition("| | 2B | 9B | 27B |\n| --- | ---: | ---: | ---: |\n")[2].partition("\n\n")[0]
     assert table.splitlines() == size_rows()
+
+
+def test_the_plans_for_many_gpus_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "scaling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `gemma2 (plan [^`]*)` \| ([\d.]+) GiB \|", text, re.M)
+    assert len(rows) > 5
+    for command, size in rows:
+        assert main([*command.split(), "--json"]) == 0
+        total = json.loads(capsys.readouterr().out)["training"]["with_checkpointing"]["total"]
+        assert f"{total / 2**30:.1f}" == size, command
 
 
 def test_what_all_sizes_share() -> None:

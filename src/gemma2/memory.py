@@ -91,7 +91,7 @@ def weight_bytes(config: Gemma2Config, weight_format: str, *, second_plane: bool
     value_bits = 8 if weight_format == "q8" else 4
     layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in _packed_layer_matrices(config))
     embedding = _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=value_bits)
-    norms = (4 * config.num_hidden_layers + 1) * config.hidden_size * 4
+    norms = 4 * _norm_parameters(config)
     return embedding * (2 if second_plane else 1) + config.num_hidden_layers * layer + norms
 
 
@@ -196,8 +196,37 @@ def engine_prefill_bytes(config: Gemma2Config, *, chunk_tokens: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessGrid:
+    """How many processes share a training step, one on each GPU."""
+
+    data: int = 1
+    """Into how many parts a batch is cut, among which the weights are shared (FSDP)."""
+    tensor: int = 1
+    """How many processes share each matrix product."""
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.data * self.tensor
+
+
+_ONE_PROCESS: Final = ProcessGrid()
+
+
+def uneven_sizes(config: Gemma2Config, tensor: int) -> list[str]:
+    """Names what `tensor` processes cannot share evenly; nothing if they can share every product."""
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "key/value heads": config.num_key_value_heads,
+        "inner units of the MLP": config.intermediate_size,
+        "words of the vocabulary": config.vocab_size,
+    }
+    return [f"{size:,} {name}" for name, size in sizes.items() if size % tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """What a training step holds at its peak, each in bytes."""
+    """What a training step holds at its peak in each process, each in bytes."""
 
     weights: int
     """What the forward pass multiplies with."""
@@ -210,32 +239,59 @@ class TrainingMemory:
     """What the backward pass needs of the forward pass, and what it works on."""
     loss: int
     """A chunk of logits and, where the embedding is trained, the head's part of its gradient."""
+    gathered: int = 0
+    """What several processes put together for the moment: two layers, the gradients of one, the embedding and its."""
 
     @property
     def total(self) -> int:
         """All of it together."""
-        return self.weights + self.master_weights + self.gradients + self.optimizer + self.activations + self.loss
+        kept = self.weights + self.master_weights + self.gradients + self.optimizer
+        return kept + self.activations + self.loss + self.gathered
 
 
-def full_training(config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool) -> TrainingMemory:
+def full_training(
+    config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool, grid: ProcessGrid = _ONE_PROCESS
+) -> TrainingMemory:
     """Training of every weight with AdamW in mixed precision: 16 bytes a parameter, and what a batch adds.
 
-    bf16 weights and gradients (2 + 2), float32 master weights and two float32 moments (4 + 4 + 4).
+    bf16 weights and gradients (2 + 2), float32 master weights and two float32 moments (4 + 4 + 4). Processes that share
+    the weights (grid.data above 1) hold parts of float32 weights, gradients and moments (4 + 4 + 8), and for the moment
+
+        layers        2 · 2 + 2 + 4 a matrix weight of a layer   two in bf16, the gradients of one in bf16 and float32
+        embedding     3 · 4 · V · D                              float32: itself, its gradient, and what is added to it
 
     Args:
         config: the architecture.
-        batch_size: B, sequences that go through at once (not those that gradients are accumulated over).
+        batch_size: B, sequences that go through a process at once (not those that gradients are accumulated over).
         length: L, tokens of each.
         checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        grid: the processes that share the work.
     """
     count = config.count_parameters().total
     embedding = config.count_parameters().embedding
+    activations = activation_bytes(
+        config, batch_size=batch_size, length=length, checkpointing=checkpointing, tensor=grid.tensor
+    )
+    if grid.size > 1:
+        norms = _norm_parameters(config)
+        share = norms + -(-(count - norms) // grid.size)
+        is_gathered = grid.data > 1
+        part = embedding // grid.tensor
+        return TrainingMemory(
+            weights=0 if is_gathered else 2 * share,
+            master_weights=4 * share,
+            gradients=4 * share,
+            optimizer=8 * share,
+            activations=activations,
+            loss=_loss_bytes(config, tensor=grid.tensor) + (0 if is_gathered else 4 * part),
+            gathered=(10 * _layer_parameters(config) // grid.tensor + 12 * part) if is_gathered else 0,
+        )
     return TrainingMemory(
         weights=2 * count,
         master_weights=4 * count,
         gradients=2 * count,
         optimizer=8 * count,
-        activations=activation_bytes(config, batch_size=batch_size, length=length, checkpointing=checkpointing),
+        activations=activations,
         loss=_loss_bytes(config) + 4 * embedding,
     )
 
@@ -249,11 +305,14 @@ def adapter_training(
     batch_size: int,
     length: int,
     checkpointing: bool,
+    grid: ProcessGrid = _ONE_PROCESS,
 ) -> TrainingMemory:
     """Training of LoRA adapters on frozen weights, or of QLoRA if those are quantized.
 
     Adapters are float32 with float32 gradients and moments: 16 bytes a parameter. Quantized matrices are multiplied
-    from a bf16 copy of one matrix at a time, which is counted with the weights.
+    from a bf16 copy of one matrix at a time, which is counted with the weights. Several processes share weights and
+    adapters, and put together two layers and the embedding for the moment; quantized weights, and the adapters beside
+    them, are whole in each.
 
     Args:
         config: the architecture.
@@ -263,6 +322,7 @@ def adapter_training(
         batch_size: B, sequences that go through at once.
         length: L, tokens of each.
         checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        grid: the processes that share the work.
 
     Raises:
         ConfigError: there is no such format or module, or the rank is below 1.
@@ -272,8 +332,15 @@ def adapter_training(
     weights = weight_bytes(config, weight_format)
     if weight_format in ("q8", "q4"):
         weights += 2 * max(outputs * inputs for outputs, inputs in layer_matrices(config).values())
+    gathered = 0
+    if grid.size > 1 and weight_format not in ("q8", "q4"):
+        value_bytes = 4 if weight_format == "float32" else 2
+        weights, count = -(-weights // grid.size), -(-count // grid.size)
+        if grid.data > 1:
+            two_layers = 2 * _layer_parameters(config)
+            gathered = value_bytes * (two_layers + config.count_parameters().embedding) // grid.tensor
     activations = activation_bytes(
-        config, batch_size=batch_size, length=length, checkpointing=checkpointing, frozen=True
+        config, batch_size=batch_size, length=length, checkpointing=checkpointing, frozen=True, tensor=grid.tensor
     )
     num_layers = 1 if checkpointing else config.num_hidden_layers
     activations += 2 * rank * len(modules) * num_layers * batch_size * length
@@ -283,7 +350,8 @@ def adapter_training(
         gradients=4 * count,
         optimizer=8 * count,
         activations=activations,
-        loss=_loss_bytes(config),
+        loss=_loss_bytes(config, tensor=grid.tensor),
+        gathered=gathered,
     )
 
 
@@ -308,7 +376,13 @@ def adapter_parameters(config: Gemma2Config, *, rank: int, modules: Iterable[str
 
 
 def activation_bytes(
-    config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool, frozen: bool = False
+    config: Gemma2Config,
+    *,
+    batch_size: int,
+    length: int,
+    checkpointing: bool,
+    frozen: bool = False,
+    tensor: int = 1,
 ) -> int:
     """What the backward pass keeps of the forward pass, in bf16, and what it works on at once.
 
@@ -322,7 +396,8 @@ def activation_bytes(
 
     No scores are kept; the backward pass makes those of `QUERY_BLOCK` queries again. With checkpointing each layer
     keeps its input, 2 · D a token, and the layer that is being computed again keeps the above. What is worked on is the
-    larger of 18 bytes for each score of a block, and four values as wide as the MLP for each token.
+    larger of 18 bytes for each score of a block, and four values as wide as the MLP for each token. Processes that
+    share products share all that is of heads or of the MLP.
 
     Args:
         config: the architecture.
@@ -330,25 +405,39 @@ def activation_bytes(
         length: L, tokens of each.
         checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
         frozen: whether what is trained are adapters.
+        tensor: how many processes share each matrix product.
     """
-    layer = kept_layer_bytes(config, frozen=frozen)
+    layer = kept_layer_bytes(config, frozen=frozen, tensor=tensor)
     layers = config.num_hidden_layers
     per_token = layer + 2 * config.hidden_size * layers if checkpointing else layer * layers
     # The last norm's input, its output (kept by the loss) and the gradient that the loss forms for it.
     per_token += 6 * config.hidden_size
     scores = 18 * config.num_attention_heads * min(length, QUERY_BLOCK) * length
     mlp = 4 * 2 * config.intermediate_size * length
-    return batch_size * (length * per_token + max(scores, mlp))
+    return batch_size * (length * per_token + max(scores, mlp) // tensor)
 
 
-def kept_layer_bytes(config: Gemma2Config, *, frozen: bool) -> int:
+def kept_layer_bytes(config: Gemma2Config, *, frozen: bool, tensor: int = 1) -> int:
     """What the backward pass keeps of one layer, for each token; see `activation_bytes`."""
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    kept = 8 * config.hidden_size + 4 * heads + 4 * config.intermediate_size
-    kept += 4 * 4  # 1 / rms of each norm's input, in float32
-    return kept if frozen else kept + 4 * config.hidden_size + 2 * config.intermediate_size
+    of_norms = 8 * config.hidden_size + 4 * 4  # 1 / rms of each norm's input, in float32
+    of_products = 4 * heads + 4 * config.intermediate_size
+    if not frozen:
+        of_norms += 4 * config.hidden_size
+        of_products += 2 * config.intermediate_size
+    return of_norms + of_products // tensor
 
 
-def _loss_bytes(config: Gemma2Config) -> int:
+def _loss_bytes(config: Gemma2Config, *, tensor: int = 1) -> int:
     # A chunk's logits in bf16, whose place their gradient takes, and five float32 values for each of a block.
-    return loss_chunk_tokens(config.vocab_size) * config.vocab_size * 2 + 5 * 4 * BLOCK_LOGITS
+    num_words = config.vocab_size // tensor
+    return loss_chunk_tokens(num_words) * num_words * 2 + 5 * 4 * BLOCK_LOGITS
+
+
+def _layer_parameters(config: Gemma2Config) -> int:
+    """Of the linear maps of one layer."""
+    return sum(outputs * inputs for outputs, inputs in layer_matrices(config).values())
+
+
+def _norm_parameters(config: Gemma2Config) -> int:
+    return (4 * config.num_hidden_layers + 1) * config.hidden_size

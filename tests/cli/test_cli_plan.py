@@ -64,6 +64,24 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert qlora["with_checkpointing"]["weights"] < lora["with_checkpointing"]["weights"] / 3
 
 
+def test_training_on_many_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("27b", "--context", "4096", "--memory", "80GiB", "--train")
+    one, shared, both = (
+        plan(capsys, *options, "full", *more)["training"]["with_checkpointing"]
+        for more in ([], ["--gpus", "8"], ["--gpus", "8", "--tensor", "4"])
+    )
+    norms = (4 * 46 + 1) * 4608
+    part = (27_227_128_320 - norms) // 8 + norms
+    assert (shared["master_weights"], shared["gradients"], shared["optimizer"]) == (4 * part, 4 * part, 8 * part)
+    assert shared["activations"] == one["activations"] and both["activations"] < one["activations"]
+    assert both["gathered"] == shared["gathered"] // 4
+    assert both["verdicts"] == {"80.0 GiB": "fits"} and one["verdicts"] == {"80.0 GiB": "too large"}
+    lora = plan(capsys, *options, "lora", "--gpus", "8")["training"]["with_checkpointing"]
+    assert lora["weights"] == 27_227_128_320 * 2 // 8
+    qlora = [plan(capsys, *options, "qlora", *more)["training"] for more in ([], ["--gpus", "8"])]
+    assert qlora[0] == qlora[1], "quantized weights are whole in each process"
+
+
 @pytest.mark.parametrize("train", [[], ["--train", "full"], ["--train", "lora"], ["--train", "qlora"]])
 def test_what_people_read_has_no_escape_codes_in_a_pipe(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "27b", *train]) == 0
@@ -90,6 +108,14 @@ def test_a_folder_needs_only_its_config(tmp_path: Path, capsys: pytest.CaptureFi
         (["2b", "--train", "lora", "--rank", "0"], "the rank of an adapter must be at least 1, but is 0"),
         (["2b", "--train", "lora", "--modules", "q_prj"], "Did you mean 'q_proj'?"),
         (["2b", "--train", "lora", "--modules", ","], "--modules names no linear map"),
+        (["2b", "--gpus", "2"], "--gpus is for training; add --train full, lora or qlora"),
+        (["2b", "--train", "full", "--gpus", "0"], "--gpus must be at least 1, but is 0"),
+        (
+            ["2b", "--train", "full", "--gpus", "6", "--tensor", "4"],
+            "--tensor must divide --gpus, but they are 4 and 6",
+        ),
+        (["2b", "--train", "full", "--gpus", "8", "--tensor", "8"], "is 8, and it has 4 key/value heads"),
+        (["2b", "--train", "qlora", "--gpus", "2", "--tensor", "2"], "--tensor is for weights that are not quantized"),
         (["2b", "--memory", "lots"], "a size of memory is a number with GiB or MiB"),
         (["2B"], "there is no model '2B'; the published size is written '2b'"),
         (["nowhere/at/all"], "nowhere/at/all: there is no such folder"),

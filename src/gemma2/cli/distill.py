@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Final
 
 from gemma2.cli.terminal import format_bytes
 from gemma2.cli.training_progress import (
+    SEVERAL_PROCESSES,
     TokenizingBar,
     TrainingBar,
     make_training_console,
+    one_voice,
     require_libraries,
     stop_requests,
+    training_ranks,
 )
 from gemma2.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gemma2.distributed import Ranks
     from gemma2.training.distill import DistillPlan
     from gemma2.training.distill_settings import DistillSettings
 
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "student says itself. Called again with the same settings, it goes on from the last checkpoint."
     )
     parser.usage = "gemma2 distill [cache] SETTINGS.yaml [--set SECTION.KEY=VALUE] [--dry-run] [--debug]"
-    parser.epilog = _EXAMPLES
+    parser.epilog = _EXAMPLES + SEVERAL_PROCESSES.format(verb="distill")
     parser.add_argument(
         "words", nargs="+", metavar="[cache] SETTINGS.yaml", help="cache: write the teacher's words, and train nothing"
     )
@@ -62,18 +66,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb."""
     require_libraries("torch", "pydantic", "yaml", "matplotlib")
-    from gemma2.cli.source import find_folder
-    from gemma2.training.distill import check_settings, distill
     from gemma2.training.distill_settings import load_distill_settings
 
-    writes_cache = len(args.words) == 2 and args.words[0] == "cache"
-    if len(args.words) > 1 and not writes_cache:
-        raise ConfigError(f"one file of settings is needed, or cache and one, but {' '.join(args.words)!r} came")
-    settings = load_distill_settings(Path(args.words[-1]), args.set)
+    with one_voice():
+        writes_cache = len(args.words) == 2 and args.words[0] == "cache"
+        if len(args.words) > 1 and not writes_cache:
+            raise ConfigError(f"one file of settings is needed, or cache and one, but {' '.join(args.words)!r} came")
+        settings = load_distill_settings(Path(args.words[-1]), args.set)
+        if writes_cache and settings.teacher.cache is None:
+            raise ConfigError(f"{args.words[-1]}: teacher.cache must name the folder to write")
+        with training_ranks(settings.parallel, settings.run) as ranks:
+            return _run(args, settings, ranks, writes_cache=writes_cache)
+
+
+def _run(args: argparse.Namespace, settings: DistillSettings, ranks: Ranks, *, writes_cache: bool) -> int:
+    from gemma2.cli.source import find_folder
+    from gemma2.training.distill import check_settings, distill
+
+    if writes_cache and ranks.world_size > 1:
+        raise ConfigError("gemma2 distill cache runs in one process; start it without torchrun, once")
     teacher, student = settings.teacher.name, settings.student.name
-    if writes_cache and settings.teacher.cache is None:
-        raise ConfigError(f"{args.words[-1]}: teacher.cache must name the folder to write")
-    console = make_training_console()
+    console = make_training_console(ranks)
     with TokenizingBar(console) as bar:
         plan = check_settings(
             settings,
@@ -81,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
             None if student is None else find_folder(None if student == "bundled" else student),
             on_tokenizing=bar.on_progress,
             for_cache=writes_cache or args.dry_run,
+            ranks=ranks,
         )
     if args.dry_run or writes_cache:
-        _print_plan(settings, plan, console)
+        _print_plan(settings, plan, console, ranks)
     if args.dry_run:
         return 0
     if writes_cache:
@@ -95,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             say=lambda line: console.print(line, highlight=False),
             should_stop=should_stop,
+            ranks=ranks,
         )
     if folder is None:
         console.print("stopped; the same command goes on from here", highlight=False)
@@ -104,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console) -> None:
+def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console, ranks: Ranks) -> None:
     from gemma2.training.distill import cache_info
 
     run = settings.run
@@ -112,7 +127,7 @@ def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console) 
     info = cache_info(settings, plan)
     console.print(
         f"teacher: {plan.teacher.config.count_parameters().total:,} parameters, {settings.teacher.backend}\n"
-        f"student: {plan.config.count_parameters().total:,} parameters, on {plan.device}\n"
+        f"student: {plan.config.count_parameters().total:,} parameters, on {ranks.describe(plan.device)}\n"
         f"run: {plan.num_steps:,} steps of {run.batch_size} × {run.sequence_length} = {tokens:,} tokens at most\n"
         f"a cache of the {info.top_k} most probable words takes {info.bytes_per_token:,} bytes a trained token, "
         f"{format_bytes(tokens * info.bytes_per_token)} at most\n"

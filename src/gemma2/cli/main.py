@@ -192,8 +192,8 @@ def _run(arguments: list[str]) -> int:
             _drop_unwritten_output()
         if debug:
             traceback.print_exc()
-        else:
-            print(f"gemma2: error: {_one_line(error)}", file=sys.stderr)
+        elif message := _one_line(error):  # empty where another process of a run has said it
+            print(f"gemma2: error: {message}", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -16,6 +16,7 @@ from gemma2.errors import ConfigError, ContextLengthError
 from gemma2.memory import (
     ADAPTABLE_MODULES,
     WEIGHT_FORMATS,
+    ProcessGrid,
     TrainingMemory,
     adapter_parameters,
     adapter_training,
@@ -24,6 +25,7 @@ from gemma2.memory import (
     kv_cache_bytes,
     logits_bytes,
     prefill_bytes,
+    uneven_sizes,
     weight_bytes,
 )
 
@@ -50,6 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk", type=int, default=512, metavar="TOKENS", help="tokens of a prompt that go in at once (default: 512)"
     )
     parser.add_argument("--train", choices=KINDS_OF_TRAINING, help="plan training instead of running")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="plan training on so many GPUs, one process on each, which share the weights (default: 1); sizes are "
+        "those of one GPU, and --batch is the sequences of one process",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the GPUs, how many share each matrix product, as parallel.tensor does (default: 1)",
+    )
     parser.add_argument("--rank", type=int, metavar="R", help="of LoRA's adapters (default: 16)")
     parser.add_argument(
         "--modules",
@@ -73,6 +90,7 @@ class Setup:
     chunk_tokens: int
     rank: int
     modules: tuple[str, ...]
+    grid: ProcessGrid
     places: tuple[Place, ...]
 
 
@@ -125,6 +143,7 @@ def _read_setup(args: argparse.Namespace) -> Setup:
         raise ContextLengthError(
             f"{name} reads up to {config.max_position_embeddings} tokens, but --context asks for {context}"
         )
+    grid = _read_grid(args, name, config)
     if args.train not in ("lora", "qlora") and (args.rank is not None or args.modules is not None):
         raise ConfigError("--rank and --modules are those of adapters; add --train lora or --train qlora")
     rank = 16 if args.rank is None else args.rank
@@ -147,8 +166,26 @@ def _read_setup(args: argparse.Namespace) -> Setup:
         chunk_tokens=min(args.chunk, context),
         rank=rank,
         modules=modules,
+        grid=grid,
         places=tuple(places),
     )
+
+
+def _read_grid(args: argparse.Namespace, name: str, config: Gemma2Config) -> ProcessGrid:
+    for option, value in (("--gpus", args.gpus), ("--tensor", args.tensor)):
+        if value < 1:
+            raise ConfigError(f"{option} must be at least 1, but is {value}")
+    if args.gpus > 1 and args.train is None:
+        raise ConfigError("--gpus is for training; add --train full, lora or qlora")
+    if args.gpus % args.tensor:
+        raise ConfigError(f"--tensor must divide --gpus, but they are {args.tensor} and {args.gpus}")
+    if args.tensor > 1 and args.train == "qlora":
+        raise ConfigError("--tensor is for weights that are not quantized; leave it out, or plan --train lora")
+    if uneven := uneven_sizes(config, args.tensor):
+        raise ConfigError(
+            f"--tensor must divide {name} evenly, but is {args.tensor}, and it has {' and '.join(uneven)}"
+        )
+    return ProcessGrid(data=args.gpus // args.tensor, tensor=args.tensor)
 
 
 def plan_running(setup: Setup) -> list[RunningPlan]:
@@ -186,7 +223,11 @@ def plan_training(setup: Setup, kind: str) -> dict[bool, TrainingMemory]:
     for checkpointing in (False, True):
         if kind == "full":
             plans[checkpointing] = full_training(
-                setup.config, batch_size=setup.batch_size, length=setup.context, checkpointing=checkpointing
+                setup.config,
+                batch_size=setup.batch_size,
+                length=setup.context,
+                checkpointing=checkpointing,
+                grid=setup.grid,
             )
         else:
             plans[checkpointing] = adapter_training(
@@ -197,6 +238,7 @@ def plan_training(setup: Setup, kind: str) -> dict[bool, TrainingMemory]:
                 batch_size=setup.batch_size,
                 length=setup.context,
                 checkpointing=checkpointing,
+                grid=setup.grid,
             )
     return plans
 
@@ -212,6 +254,8 @@ def describe(setup: Setup, training: dict[bool, TrainingMemory] | None) -> dict[
         "parameters": config.count_parameters().total,
         "context": setup.context,
         "batch": setup.batch_size,
+        "gpus": setup.grid.size,
+        "tensor": setup.grid.tensor,
         "places": [dataclasses.asdict(place) for place in setup.places],
     }
 
@@ -243,7 +287,12 @@ def _print_header(console: Console, setup: Setup) -> None:
     count = setup.config.count_parameters().total
     sequences = "1 sequence" if setup.batch_size == 1 else f"{setup.batch_size:,} sequences"
     console.print(f"{setup.name}: {count:,} parameters", style="bold")
-    console.print(f"{sequences} of {setup.context:,} tokens")
+    grid = setup.grid
+    on_each = "" if grid.size == 1 else f" at once in each of {grid.data} parts of a batch"
+    console.print(f"{sequences} of {setup.context:,} tokens{on_each}")
+    if grid.size > 1:
+        shared = f"; {grid.tensor} share each matrix product" if grid.tensor > 1 else ""
+        console.print(f"{grid.size:,} GPUs, which share the weights{shared}: sizes are those of one GPU")
     for place in setup.places:
         if place.name == format_bytes(place.total_bytes):  # --memory
             console.print(f"Judged by {place.name} of memory")
@@ -312,24 +361,28 @@ def _print_training(console: Console, setup: Setup, kind: str, plans: dict[bool,
             "qlora": "weights, q4, frozen, one unpacked",
         }[kind],
         "master_weights": "master weights, float32" if kind == "full" else "adapters, float32",
-        "gradients": f"gradients, {'bf16' if kind == 'full' else 'float32'}",
+        "gradients": f"gradients, {'bf16' if kind == 'full' and setup.grid.size == 1 else 'float32'}",
         "optimizer": "AdamW's two moments, float32",
         "activations": "activations for the backward pass",
         "loss": "loss, in chunks of the vocabulary's logits",
+        "gathered": "layers and embedding, put together for the moment",
     }
     for field, label in labels.items():
-        table.add_row(label, *(format_bytes(getattr(plans[checkpointing], field)) for checkpointing in (False, True)))
+        sizes = [getattr(plans[checkpointing], field) for checkpointing in (False, True)]
+        if any(sizes):
+            table.add_row(label, *map(format_bytes, sizes))
     table.add_section()
     table.add_row("total", *(format_bytes(plans[checkpointing].total) for checkpointing in (False, True)))
     for place in setup.places:
         table.add_row(place.name, *(_verdict(place, plans[checkpointing].total) for checkpointing in (False, True)))
     console.print(table)
     console.print("Checkpointing keeps each layer's input and computes the layer again on the way back.", style="dim")
-    console.print(
-        "A plan for any trainer. `gemma2 pretrain` trains all weights, kept in float32, without checkpointing; this "
-        "version has no adapters.",
-        style="dim",
-    )
+    if setup.grid.size == 1:
+        console.print("A plan for any trainer; --gpus N plans for several GPUs, as docs/scaling.md does.", style="dim")
+    else:
+        option = f" --set parallel.tensor={setup.grid.tensor}" if setup.grid.tensor > 1 else ""
+        command = f"torchrun --nproc-per-node {setup.grid.size} -m gemma2 tune SETTINGS.yaml{option}"
+        console.print(f"On one machine: {command}", style="dim")
 
 
 def _verdict(place: Place, num_bytes: int, more: str = "") -> Text:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from gemma2.cli.terminal import format_bytes, format_duration
 from gemma2.errors import MissingDependencyError
+
+SEVERAL_PROCESSES: Final = """
+On several GPUs or machines, with the same file:
+
+  torchrun --nproc-per-node 8 -m gemma2 {verb} SETTINGS.yaml
+
+Processes cut each batch and share the weights among them; `parallel: {{tensor: 2}}` also lets pairs of them share each
+matrix product. A run may go on with another number of processes. docs/scaling.md has plans for 27B.
+"""
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from gemma2.data import TokenizingProgress
+    from gemma2.distributed import Ranks
     from gemma2.training.loop import StepReport
+    from gemma2.training.settings import LoopSettings, ParallelSettings
 
 
 def require_libraries(*names: str) -> None:
@@ -35,11 +47,31 @@ def require_libraries(*names: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def make_training_console() -> Console:
-    """Where a run's lines go: standard error."""
+def make_training_console(ranks: Ranks) -> Console:
+    """Where a run's lines go: standard error, those of the first process only."""
     from rich.console import Console
 
-    return Console(stderr=True, markup=False, soft_wrap=True)
+    return Console(stderr=True, markup=False, soft_wrap=True, quiet=not ranks.is_first)
+
+
+def training_ranks(parallel: ParallelSettings, run: LoopSettings) -> AbstractContextManager[Ranks]:
+    """Joins the processes that `torchrun` started, if it did; see `joined_ranks`."""
+    from gemma2.distributed import joined_ranks
+
+    data = None if parallel.data == "auto" else parallel.data
+    return joined_ranks(data=data, tensor=parallel.tensor, device=run.device)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Lets one of several processes speak for all that fail alike; imports nothing for one process alone."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    from gemma2.distributed import failures
+
+    with failures.one_voice():
+        yield
 
 
 @contextmanager

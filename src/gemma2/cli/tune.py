@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Final
 
 from gemma2.cli.terminal import format_bytes
 from gemma2.cli.training_progress import (
+    SEVERAL_PROCESSES,
     TokenizingBar,
     TrainingBar,
     make_training_console,
+    one_voice,
     require_libraries,
     stop_requests,
+    training_ranks,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gemma2.distributed import Ranks
     from gemma2.training.tune import TunePlan
     from gemma2.training.tune_settings import TuneSettings
 
@@ -41,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Fine-tunes a model on examples: every weight, or a LoRA adapter on frozen weights, which may be quantized.\n"
         "Called again with the same settings, it goes on from the last checkpoint. Ctrl-C writes one and stops."
     )
-    parser.epilog = _EXAMPLES
+    parser.epilog = _EXAMPLES + SEVERAL_PROCESSES.format(verb="tune")
     parser.add_argument("settings", type=Path, metavar="SETTINGS.yaml", help="see examples/tune-*.yaml")
     parser.add_argument(
         "--set",
@@ -58,18 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb."""
     require_libraries("torch", "pydantic", "yaml", "matplotlib")
-    from gemma2.cli.source import find_folder
-    from gemma2.training.tune import check_settings, tune
     from gemma2.training.tune_settings import load_tune_settings
 
-    settings = load_tune_settings(args.settings, args.set)
+    with one_voice():
+        settings = load_tune_settings(args.settings, args.set)
+        with training_ranks(settings.parallel, settings.run) as ranks:
+            return _run(args, settings, ranks)
+
+
+def _run(args: argparse.Namespace, settings: TuneSettings, ranks: Ranks) -> int:
+    from gemma2.cli.source import find_folder
+    from gemma2.training.tune import check_settings, tune
+
     name = settings.model.name
     base_folder = find_folder(None if name == "bundled" else name)
-    console = make_training_console()
+    console = make_training_console(ranks)
     with TokenizingBar(console) as bar:
-        plan = check_settings(settings, base_folder, on_tokenizing=bar.on_progress)
+        plan = check_settings(settings, base_folder, on_tokenizing=bar.on_progress, ranks=ranks)
     if args.dry_run:
-        _print_plan(settings, plan, console)
+        _print_plan(settings, plan, console, ranks)
         return 0
     with stop_requests(console) as should_stop, TrainingBar(console) as progress:
         folder = tune(
@@ -78,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             say=lambda line: console.print(line, highlight=False),
             should_stop=should_stop,
+            ranks=ranks,
         )
     if folder is None:
         console.print("stopped; the same command goes on from here", highlight=False)
@@ -88,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console) -> None:
+def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks: Ranks) -> None:
     from rich.text import Text
 
     from gemma2.data import EncodedPair, render_example
-    from gemma2.memory import adapter_training, full_training
+    from gemma2.memory import ProcessGrid, adapter_training, full_training
     from gemma2.training.tune import describe_examples
 
     for choice in plan.train.choices:
@@ -102,13 +114,14 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console) -> Non
         console.print(describe_examples("validation", plan.validation), highlight=False)
     run, length = settings.run, plan.train.sequence_length
     console.print(
-        f"run: {plan.num_steps:,} steps of {run.batch_size} × {length} tokens, on {plan.device}",
+        f"run: {plan.num_steps:,} steps of {run.batch_size} × {length} tokens, on {ranks.describe(plan.device)}",
         highlight=False,
     )
     config = plan.checkpoint.config
-    rows = {"batch_size": run.micro_batch_size or run.batch_size, "length": length}
+    rows = {"batch_size": run.micro_batch_size or run.batch_size // ranks.data, "length": length}
+    grid = ProcessGrid(data=ranks.data, tensor=ranks.tensor)
     if settings.adapter is None:
-        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing)
+        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing, grid=grid)
     else:
         memory = adapter_training(
             config,
@@ -117,8 +130,10 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console) -> Non
             weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}[settings.model.quantization],
             **rows,
             checkpointing=run.gradient_checkpointing,
+            grid=grid,
         )
-    console.print(f"memory: about {format_bytes(memory.total)}; output: {settings.output}\n", highlight=False)
+    each = " in each process" if ranks.world_size > 1 else ""
+    console.print(f"memory: about {format_bytes(memory.total)}{each}; output: {settings.output}\n", highlight=False)
     encoded = plan.train.encoded(0)
     parts = (
         [("chosen", encoded.chosen), ("rejected", encoded.rejected)]

@@ -1,8 +1,8 @@
 """Training data: texts or examples from files, packed rows, loaders that resume exactly. No torch.
 
-For pretraining read `files`, `sources`, `packing`, `shuffling`, `loader`, `prefetching`, `validation`. For fine-tuning
-read `records` and the readers, `fields`, `forms`, `examples`, `encoding`, `tokenizing`, `tokenized`, `example_packing`,
-`example_loader`, `example_validation`.
+For pretraining read `files`, `sources`, `packing`, `shuffling`, `loader`, `prefetching`, `streams`, `validation`. For
+fine-tuning read `records` and the readers, `fields`, `forms`, `examples`, `encoding`, `tokenizing`, `tokenized`,
+`example_packing`, `example_loader`, `example_validation`.
 """
 
 from gemma2.data.encoding import (
@@ -27,6 +27,7 @@ from gemma2.data.record_sources import RecordSource, find_sources
 from gemma2.data.records import Record
 from gemma2.data.skipping import ExampleError, SkippedExamples
 from gemma2.data.sources import Document, OnError, Position, SkipCount, iter_documents
+from gemma2.data.streams import StreamLoader
 from gemma2.data.tokenized import TokenizedExamples
 from gemma2.data.tokenizing import TokenizingProgress, TooLong, tokenize_examples
 from gemma2.data.validation import ValidationSet, tokenize_for_validation
@@ -58,6 +59,7 @@ __all__ = [
     "SkipCount",
     "SkippedExamples",
     "Source",
+    "StreamLoader",
     "Template",
     "TokenizedExamples",
     "TokenizingProgress",

@@ -55,6 +55,17 @@ class PackedBatch:
         """How many places have a label."""
         return int(np.count_nonzero(self.labels != IGNORED_LABEL))
 
+    def rows(self, first: int, last: int) -> PackedBatch:
+        """Rows `first` … `last` - 1, sharing the memory."""
+        if (first, last) == (0, len(self.input_ids)):
+            return self
+        return PackedBatch(
+            input_ids=self.input_ids[first:last],
+            labels=self.labels[first:last],
+            positions=self.positions[first:last],
+            segment_ids=self.segment_ids[first:last],
+        )
+
 
 def smallest_piece(sequence_length: int) -> int:
     """The fewest tokens that a cut may leave on either side: with less context there is nothing to learn."""

@@ -21,7 +21,7 @@ class ValidationSet:
     num_bytes: int
     """UTF-8 bytes of the text that the labels spell. The <eos> of a document is a label too, but no bytes."""
     num_tokens: int
-    """Labels in all batches."""
+    """Labels in all batches, of all processes."""
     num_documents: int
     """Documents in it, the last one perhaps only in part."""
 
@@ -37,6 +37,8 @@ def tokenize_for_validation(
     text_key: str = "text",
     newlines: Newlines = "keep",
     on_error: OnError = "raise",
+    rank: int = 0,
+    world_size: int = 1,
     bos_id: int = 2,
     eos_id: int = 1,
     pad_id: int = 0,
@@ -51,15 +53,20 @@ def tokenize_for_validation(
         files: names, globs or folders (see `expand_files`).
         encode: the tokenizer: text to ids, without <bos>.
         sequence_length: L, places in a row.
-        batch_size: B, rows in a batch; the last batch is filled up with rows of padding.
+        batch_size: B, rows of this process in a batch; the last batch is filled up with rows of padding.
         max_documents: read no more documents than this.
         max_tokens: have no more labels than this.
         text_key: the key of a JSON line that holds the text.
         newlines: as for `iter_documents`.
         on_error: as for `iter_documents`.
+        rank: this process among `world_size`.
+        world_size: how many processes share the batches; all have the same number of them.
         bos_id: begins each segment.
         eos_id: ends each document.
         pad_id: fills rows.
+
+    Returns:
+        This process's batches, with the numbers of all processes.
 
     Raises:
         DataError: the files cannot be read, or a setting is out of range.
@@ -85,13 +92,13 @@ def tokenize_for_validation(
     rows = list(pack_rows(pieces, sequence_length=sequence_length))
     batches = tuple(
         batch_rows(
-            rows[first : first + batch_size],
+            rows[first + rank * batch_size : first + (rank + 1) * batch_size],
             num_rows=batch_size,
             sequence_length=sequence_length,
             bos_id=bos_id,
             pad_id=pad_id,
         )
-        for first in range(0, len(rows), batch_size)
+        for first in range(0, len(rows), world_size * batch_size)
     )
     return ValidationSet(batches=batches, num_bytes=num_bytes, num_tokens=num_tokens, num_documents=num_documents)
 

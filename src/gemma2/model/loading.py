@@ -91,11 +91,14 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float32 if stored == torch.float16 else stored
 
 
-def state_arrays(model: Gemma2ForCausalLM) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def state_arrays(
+    model: Gemma2ForCausalLM, *, whole: Callable[[nn.Parameter], Tensor] = nn.Parameter.detach
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Yields (Hugging Face name, array) of every parameter, as `save_checkpoint` takes them.
 
     Args:
         model: on any device; in float32 or bfloat16.
+        whole: gives all values of a parameter, where this process holds only a part of them.
 
     Yields:
         Arrays in float32 or ml_dtypes.bfloat16, in the order of the forward pass; the head is the embedding and does
@@ -110,7 +113,7 @@ def state_arrays(model: Gemma2ForCausalLM) -> Iterator[tuple[str, npt.NDArray[An
             "with model.lm_head.weight = model.model.embed_tokens.weight"
         )
     for name in expected_tensors(model.config):
-        value = model.get_parameter(name).detach().cpu().contiguous()
+        value = whole(model.get_parameter(name)).cpu().contiguous()
         if value.dtype == torch.bfloat16:
             yield name, value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:

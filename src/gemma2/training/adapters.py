@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from gemma2.checkpoints.adapters import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PREFIX
 from gemma2.checkpoints.staging import clear_errors, publish, staging_folder
+from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.placement import whole_tensor
 from gemma2.errors import ConfigError, MissingDependencyError
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.lean_lora import use_lean_lora
@@ -67,6 +69,11 @@ def add_adapter(model: Gemma2ForCausalLM, settings: AdapterSettings, *, seed: in
     use_lean_lora(model)
 
 
+def needs_weights(settings: AdapterSettings) -> bool:
+    """Whether adapters begin with something that is computed from the weights below them."""
+    return settings.use_dora or settings.init_lora_weights in _FROM_WEIGHTS
+
+
 def adapter_first_values(model: nn.Module) -> dict[str, Tensor]:
     """Copies what the adapters are now; `save_adapter` needs it where they begin with a part of the frozen weights."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -95,6 +102,7 @@ def save_adapter(
     base_model: str,
     first_values: dict[str, Tensor] | None = None,
     extra_files: Mapping[str, str] | None = None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Path:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT, vLLM and `gemma2` read.
 
@@ -108,23 +116,34 @@ def save_adapter(
         base_model: what to name as the model that it belongs to.
         first_values: from `adapter_first_values`, before the first step; needed for pissa and olora.
         extra_files: name → contents of further files.
+        ranks: the processes, all of which must take part; the first one writes.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save
 
     config = _lora_config(settings)
     config.base_model_name_or_path = base_model
     config.inference_mode = True
-    tensors = get_peft_model_state_dict(model, adapter_name=_NAME)
+    # One after the other, and in each process alike: a part may have to be fetched from each.
+    whole = {name: whole_tensor(p) for name, p in model.named_parameters() if "lora_" in name}
+    tensors = get_peft_model_state_dict(model, state_dict=whole, adapter_name=_NAME)
     if settings.init_lora_weights in _FROM_WEIGHTS:
         assert first_values is not None
-        tensors = _without_beginning(tensors, first_values)
+        tensors = _without_beginning(tensors, {name: whole_tensor(value) for name, value in first_values.items()})
         config.r, config.lora_alpha, config.init_lora_weights = 2 * settings.r, 2 * settings.lora_alpha, True
         if settings.use_rslora:
             config.lora_alpha = settings.lora_alpha * 2**0.5
+    if ranks.is_first:
+        _write(folder, tensors, config, extra_files or {})
+    ranks.wait()
+    return folder
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: Any, extra_files: Mapping[str, str]) -> None:
+    from safetensors.torch import save
+
     with staging_folder(folder, may_overwrite=lambda _: True) as staging, clear_errors(folder):
         # Not save_file, which lets nobody but the owner read what it writes.
         data = save(
@@ -133,10 +152,9 @@ def save_adapter(
         )
         (staging / ADAPTER_WEIGHTS_FILE).write_bytes(data)
         config.save_pretrained(str(staging))
-        for name, contents in (extra_files or {}).items():
+        for name, contents in extra_files.items():
             (staging / name).write_text(contents, encoding="utf-8")
         publish(staging, folder, weights=_weight_files, config_file=ADAPTER_CONFIG_FILE)
-    return folder
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -15,21 +15,24 @@ from typing import Any, cast
 
 import torch
 
-from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, open_checkpoint, packed_model, save_checkpoint
+from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, open_checkpoint, packed_model
 from gemma2.config import Gemma2Config
 from gemma2.data import (
     ExampleLoader,
     PackedLoader,
-    Prefetcher,
+    StreamLoader,
     TokenizedExamples,
     ValidationSet,
     batch_for_validation,
     expand_files,
     tokenize_for_validation,
 )
+from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.fsdp import GatheredModel
+from gemma2.distributed.tensor_parallel import check_split
 from gemma2.errors import ConfigError
 from gemma2.model.device import choose_device
-from gemma2.model.loading import load_model, state_arrays
+from gemma2.model.loading import DTYPES, load_model
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.text import Tokenizer
 from gemma2.training.activation_checkpointing import checkpoint_layers
@@ -42,6 +45,7 @@ from gemma2.training.objectives import Batch, next_token_objective
 from gemma2.training.on_policy import OnPolicyLoader
 from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
+from gemma2.training.shared_model import load_shared, new_shared, save_model
 from gemma2.training.teacher_cache import CachedTeacher, CacheInfo, TeacherCache, write_teacher_cache
 from gemma2.training.tune import OnTokenizing, describe_examples, generation_config, tokenize
 
@@ -75,6 +79,7 @@ def check_settings(
     *,
     on_tokenizing: OnTokenizing = lambda name, progress: None,
     for_cache: bool = False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> DistillPlan:
     """Checks settings against this machine, opens the models and tokenizes examples.
 
@@ -84,6 +89,7 @@ def check_settings(
         student_folder: of `settings.student.name`; None for a new student.
         on_tokenizing: see `OnTokenizing`.
         for_cache: whether the teacher's words are to be written, and not read.
+        ranks: the processes, all of which must call this with the same settings.
 
     Raises:
         ConfigError: the settings do not fit each other, this machine, the models, or what the folders hold.
@@ -91,7 +97,13 @@ def check_settings(
         CheckpointError, TokenizerError: a model or the cache cannot be read.
     """
     run = settings.run
-    device = choose_device(run.device, setting="run.device")
+    device = ranks.device or choose_device(run.device, setting="run.device")
+    ranks.check_batch(run.batch_size, run.micro_batch_size)
+    if ranks.world_size > 1 and settings.on_policy is not None:
+        raise ConfigError(
+            f"on_policy needs the whole student in the process that samples, but {ranks.world_size} processes share "
+            "it; start one process, or leave on_policy out"
+        )
     teacher = open_checkpoint(teacher_folder)
     tokenizer = Tokenizer.from_folder(teacher_folder)
     tokenizer.check_fits(teacher.config)
@@ -110,6 +122,9 @@ def check_settings(
                 f"{student_folder} and {teacher_folder} have other tokenizers; a student learns the teacher's words, "
                 "so both must cut texts alike"
             )
+    check_split(config, ranks.tensor)
+    if _is_teacher_shared(settings, ranks):
+        check_split(teacher.config, ranks.tensor)
     for whose, longest in (
         ("student", config.max_position_embeddings),
         ("teacher", teacher.config.max_position_embeddings),
@@ -119,7 +134,7 @@ def check_settings(
                 f"run.sequence_length ({run.sequence_length}) must not pass the {whose}'s {longest} tokens"
             )
     if not for_cache:
-        RunFolder(settings.output, settings).last_state()
+        RunFolder(settings.output, settings, ranks).last_state()
     files: list[Path] = []
     train = validation = None
     num_steps = run.num_steps
@@ -137,7 +152,7 @@ def check_settings(
         if train.are_pairs:
             raise ConfigError("examples.train holds preference pairs, but a teacher's words are learned from examples")
         if num_steps is None:
-            num_steps = _example_loader(settings, train).total_batches
+            num_steps = _example_loader(settings, train, ranks).total_batches
     assert num_steps is not None
     cache = None
     if settings.teacher.cache is not None and not for_cache:
@@ -169,6 +184,7 @@ def distill(
     progress: Progress,
     say: Callable[[str], None],
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Path | None:
     """Distils, or goes on, and returns the student's folder; None if it was stopped before the end.
 
@@ -177,14 +193,15 @@ def distill(
         plan: what `check_settings` made of them.
         progress: is told of steps, validations and checkpoints.
         say: is given a line for each stage.
-        should_stop: asked after each step.
+        should_stop: asked after each step; with several processes all stop if one says so.
+        ranks: the processes, as for `check_settings`.
 
     Raises:
         ConfigError: another run is at work in the output folder, or it holds one with other settings.
         DataError: the loss is no longer a number, or data cannot be read.
         CheckpointError: a model, the cache or a checkpoint cannot be read or written.
     """
-    folder = RunFolder(settings.output, settings)
+    folder = RunFolder(settings.output, settings, ranks)
     with folder.locked():
         return _distill(settings, folder, plan, progress=progress, say=say, should_stop=should_stop)
 
@@ -210,12 +227,12 @@ def write_cache(
 ) -> bool:
     """Runs the teacher over the batches of the run and writes what it says; see `write_teacher_cache`."""
     _set_threads(settings)
-    with _loader(settings, plan) as loader:
+    with _loader(settings, plan, ONE_PROCESS) as loader:
         return write_teacher_cache(
             folder,
             cache_info(settings, plan),
             loader,
-            _live_teacher(settings, plan),
+            _live_teacher(settings, plan, ONE_PROCESS)[0],
             device=plan.device,
             on_step=on_step,
             should_stop=should_stop,
@@ -231,51 +248,62 @@ def _distill(
     say: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> Path | None:
-    run = settings.run
+    run, ranks = settings.run, folder.ranks
     _set_threads(settings)
-    dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+    dtype = DTYPES[run.dtype]
     state = folder.last_state()
     folder.write_settings()
     for name, examples in (("training", plan.train), ("validation", plan.validation)):
         if examples is not None:
             say(describe_examples(name, examples))
-    student = _student(settings, plan)
-    first_values = None
-    if settings.adapter is not None:
-        add_adapter(student, settings.adapter, seed=run.seed)
-        first_values = adapter_first_values(student)
-    if run.gradient_checkpointing:
-        checkpoint_layers(student)
+    around: list[GatheredModel] = []
+    if ranks.world_size > 1:
+        around.append(_shared_student(settings, plan, ranks))
+        student = around[0].model
+    else:
+        student = _student(settings, plan)
+        if settings.adapter is not None:
+            add_adapter(student, settings.adapter, seed=run.seed)
+        if run.gradient_checkpointing:
+            checkpoint_layers(student)
+    first_values = None if settings.adapter is None else adapter_first_values(student)
     teacher_size, size = plan.teacher.config.count_parameters().total, plan.config.count_parameters().total
     source = f"cached in {settings.teacher.cache}" if plan.cache is not None else settings.teacher.backend
-    say(f"teacher: {teacher_size:,} parameters ({source}); student: {size:,}; on {plan.device}")
-    with _loader(settings, plan) as source_loader:
+    say(f"teacher: {teacher_size:,} parameters ({source}); student: {size:,}; on {ranks.describe(plan.device)}")
+    # What is cached is asked for by whole batches, of which each process then takes its rows.
+    with _loader(settings, plan, ranks if plan.cache is None else ONE_PROCESS) as source_loader:
         loader: Loader = source_loader
         if plan.cache is not None:
-            cached = CachedTeacher(source_loader, plan.cache)
+            cached = CachedTeacher(source_loader, plan.cache, rank=ranks.data_rank, world_size=ranks.data)
             loader = cached
             teacher: Callable[[Batch], Any] = cached
         else:
-            teacher = _live_teacher(settings, plan)
+            teacher, shared_teacher = _live_teacher(settings, plan, ranks)
+            around += [] if shared_teacher is None else [shared_teacher]
         if settings.on_policy is not None:
             loader = OnPolicyLoader(source_loader, student, plan.tokenizer, settings.on_policy, seed=run.seed)
+        objective = distillation_objective(
+            teacher=teacher, divergence=Divergence(**settings.objective.model_dump()), compute_dtype=dtype
+        )
+        # What the student is measured by is the text itself, so that it can be compared with one trained on it.
+        validation_objective = next_token_objective(compute_dtype=dtype, compiled=False)
+        for gathered in around:  # the loss asks for both heads
+            objective = gathered.around(objective)
+        for gathered in around[:1]:
+            validation_objective = gathered.around(validation_objective)
         trainer = Trainer(
             model=student,
-            objective=distillation_objective(
-                teacher=teacher,
-                divergence=Divergence(**settings.objective.model_dump()),
-                compute_dtype=dtype,
-            ),
+            objective=objective,
             loader=loader,
-            validation=_validation(settings, plan),
-            # What the student is measured by is the text itself, so that it can be compared with one trained on it.
-            validation_objective=next_token_objective(compute_dtype=dtype, compiled=False),
+            validation=_validation(settings, plan, ranks),
+            validation_objective=validation_objective,
             run=run,
             num_steps=plan.num_steps,
             optimizer=settings.optimizer,
             folder=folder.path,
             progress=progress,
             fingerprint=folder.fingerprint,
+            ranks=ranks,
         )
         if state is not None:
             name, values = state
@@ -296,15 +324,15 @@ def _distill(
             base_model=str(settings.student.name),
             first_values=first_values,
             extra_files=extra_files,
+            ranks=ranks,
         )
-    return save_checkpoint(
+    return save_model(
         folder.path / "model",
-        plan.config,
-        state_arrays(student),
+        student,
+        ranks,
         dtype=run.save_dtype,
         tokenizer_files=[path for path in plan.tokenizer_files if path.name in TOKENIZER_FILES],
         extra_files=extra_files,
-        overwrite=True,
     )
 
 
@@ -319,7 +347,11 @@ def _cache_identity(settings: DistillSettings) -> dict[str, Any]:
     teacher = {name: values["teacher"][name] for name in ("name", "backend", "weights")}
     run = {name: values["run"][name] for name in ("batch_size", "sequence_length", "seed")}
     data = {
-        section: {name: value for name, value in (values[section] or {}).items() if "validation" not in name}
+        section: {
+            name: value
+            for name, value in (values[section] or {}).items()
+            if "validation" not in name and (name, value) != ("num_streams", 1)
+        }
         for section in ("text", "examples")
     }
     return {"teacher": teacher, "run": run, **data}
@@ -335,65 +367,122 @@ def _student(settings: DistillSettings, plan: DistillPlan) -> Gemma2ForCausalLM:
     return model
 
 
-def _live_teacher(settings: DistillSettings, plan: DistillPlan) -> Callable[[Batch], TeacherLogits]:
+def _shared_student(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> GatheredModel:
+    """As `_student`, of which this process has a part, with the adapter and checkpointing of activations."""
+    run, is_full = settings.run, settings.adapter is None
+    gather_dtype = torch.bfloat16 if is_full and run.dtype == "bfloat16" else None
+    if plan.student is None:
+        return new_shared(
+            plan.config,
+            ranks,
+            generator=torch.Generator(device=plan.device).manual_seed(run.seed),
+            gather_dtype=gather_dtype,
+            checkpointing=run.gradient_checkpointing,
+        )
+    return load_shared(
+        plan.student,
+        ranks,
+        dtype=torch.float32 if is_full else DTYPES[run.dtype],
+        adapter=settings.adapter,
+        seed=run.seed,
+        gather_dtype=gather_dtype,
+        checkpointing=run.gradient_checkpointing,
+    )
+
+
+def _is_teacher_shared(settings: DistillSettings, ranks: Ranks) -> bool:
+    """Whether processes share the teacher's weights too. Quantized ones and the CPU engine's are whole in each."""
+    teacher = settings.teacher
+    is_torch = teacher.cache is None and teacher.backend == "torch"
+    return ranks.world_size > 1 and is_torch and teacher.weights != "nf4"
+
+
+def _live_teacher(
+    settings: DistillSettings, plan: DistillPlan, ranks: Ranks
+) -> tuple[Callable[[Batch], TeacherLogits], GatheredModel | None]:
+    """The teacher, and what its logits must be asked for within, if processes share its weights."""
     teacher, run = settings.teacher, settings.run
     if teacher.backend == "cpu":
         from gemma2.cpu import CpuBackend, resolve_num_threads
 
         weights = "q8" if teacher.weights == "auto" else teacher.weights
         packed = packed_model(plan.teacher, weights, num_threads=resolve_num_threads(run.num_threads))
-        return engine_teacher(CpuBackend(packed, num_threads=run.num_threads))
+        return engine_teacher(CpuBackend(packed, num_threads=run.num_threads)), None
     dtype = run.dtype if teacher.weights in ("auto", "nf4") else teacher.weights
+    compute_dtype = DTYPES[dtype]
+    if _is_teacher_shared(settings, ranks):
+        gathered = load_shared(plan.teacher, ranks, dtype=compute_dtype)
+        gathered.requires_grad_(False).eval()
+        return torch_teacher(gathered.model, compute_dtype=compute_dtype), gathered
     replace = partial(quantized_linear, "nf4", dtype) if teacher.weights == "nf4" else None
     model = load_model(plan.teacher, dtype=dtype, device=plan.device, replace_linear=replace)
     model.requires_grad_(False).eval()
-    return torch_teacher(model, compute_dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    return torch_teacher(model, compute_dtype=compute_dtype), None
 
 
-def _example_loader(settings: DistillSettings, train: TokenizedExamples) -> ExampleLoader:
+def _example_loader(settings: DistillSettings, train: TokenizedExamples, ranks: Ranks) -> ExampleLoader:
     assert settings.examples is not None
     run = settings.run
     return ExampleLoader(
         train,
-        batch_size=run.batch_size,
+        batch_size=run.batch_size // ranks.data,
         packing=settings.examples.packing,
         seed=run.seed,
         num_epochs=run.num_epochs or (1 if run.num_steps is None else None),
+        rank=ranks.data_rank,
+        world_size=ranks.data,
     )
 
 
 @contextlib.contextmanager
-def _loader(settings: DistillSettings, plan: DistillPlan) -> Iterator[Loader]:
+def _loader(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> Iterator[Loader]:
     run = settings.run
     if plan.train is not None:
-        yield cast(Loader, _example_loader(settings, plan.train))
+        yield cast(Loader, _example_loader(settings, plan.train, ranks))
         return
-    assert settings.text is not None
-    tokenizer = plan.tokenizer
-    with Prefetcher(
-        PackedLoader(
+    text, tokenizer = settings.text, plan.tokenizer
+    assert text is not None
+
+    def make_stream(number: int, num_streams: int, num_rows: int) -> PackedLoader:
+        return PackedLoader(
             list(plan.files),
             partial(tokenizer.encode, add_bos=False),
             sequence_length=run.sequence_length,
-            batch_size=run.batch_size,
-            shuffle_buffer=settings.text.shuffle_buffer,
+            batch_size=num_rows,
+            shuffle_buffer=text.shuffle_buffer,
             seed=run.seed,
-            text_key=settings.text.text_key,
-            newlines=settings.text.newlines,
-            on_error=settings.text.on_error,
+            text_key=text.text_key,
+            newlines=text.newlines,
+            on_error=text.on_error,
+            rank=number,
+            world_size=num_streams,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
+
+    with StreamLoader(
+        make_stream,
+        batch_size=run.batch_size,
+        num_streams=text.num_streams,
+        rank=ranks.data_rank,
+        world_size=ranks.data,
     ) as loader:
         yield cast(Loader, loader)
 
 
-def _validation(settings: DistillSettings, plan: DistillPlan) -> ValidationSet | None:
-    rows = settings.run.micro_batch_size or settings.run.batch_size
+def _validation(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> ValidationSet | None:
+    rows = settings.run.micro_batch_size or settings.run.batch_size // ranks.data
     if plan.validation is not None:
         assert settings.examples is not None
-        return batch_for_validation(plan.validation, plan.tokenizer, batch_size=rows, packing=settings.examples.packing)
+        return batch_for_validation(
+            plan.validation,
+            plan.tokenizer,
+            batch_size=rows,
+            packing=settings.examples.packing,
+            rank=ranks.data_rank,
+            world_size=ranks.data,
+        )
     if settings.text is None or not settings.text.validation:
         return None
     tokenizer = plan.tokenizer
@@ -406,6 +495,8 @@ def _validation(settings: DistillSettings, plan: DistillPlan) -> ValidationSet |
         text_key=settings.text.text_key,
         newlines="keep",
         on_error=settings.text.on_error,
+        rank=ranks.data_rank,
+        world_size=ranks.data,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,

@@ -12,6 +12,7 @@ from gemma2.training.settings import (
     DataSettings,
     LoopSettings,
     OptimizerSettings,
+    ParallelSettings,
     checked_model_fields,
 )
 from gemma2.training.settings_file import Section, read_settings
@@ -115,6 +116,7 @@ class DistillSettings(Section):
     on_policy: OnPolicySettings | None = None
     optimizer: DistillOptimizerSettings
     run: DistillRunSettings
+    parallel: ParallelSettings = ParallelSettings()
 
     @field_validator("output")
     @classmethod

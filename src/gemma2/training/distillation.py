@@ -30,6 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from gemma2.distributed.tensor_parallel import all_rows
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.memory import loss_chunk_tokens
 from gemma2.model.modeling import Gemma2ForCausalLM
@@ -284,7 +285,7 @@ def torch_teacher(model: Gemma2ForCausalLM, *, compute_dtype: torch.dtype) -> Ca
     def teacher(batch: Batch) -> TeacherLogits:
         return teacher_from_hidden(
             last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
-            model.lm_head.weight,
+            all_rows(model.lm_head.weight),
             cap=model.config.final_logit_softcapping,
             compute_dtype=compute_dtype,
         )
@@ -340,7 +341,7 @@ def distillation_objective(
         distributions = teacher(batch)
         return linear_divergence(
             last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
-            model.lm_head.weight,
+            all_rows(model.lm_head.weight),
             batch.labels.flatten(),
             distributions,
             cap=model.config.final_logit_softcapping,

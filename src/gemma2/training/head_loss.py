@@ -16,12 +16,15 @@ Axes: T tokens, N of them trained, D width, V vocabulary, C tokens of one chunk,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from gemma2.memory import BLOCK_LOGITS, loss_chunk_tokens
+
+if TYPE_CHECKING:
+    from gemma2.distributed.tensor_parallel import VocabularyPart
 
 IGNORE_INDEX: Final = -100
 """A label that is not trained on, as in PyTorch and Hugging Face."""
@@ -47,6 +50,7 @@ def chunked_head_loss(
     *,
     compute_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
+    part: VocabularyPart | None = None,
 ) -> Tensor:
     """Sum of a loss over the chosen tokens, differentiable in the hidden states and the embedding.
 
@@ -57,6 +61,8 @@ def chunked_head_loss(
         chunk_loss: what is minimized.
         compute_dtype: dtype of the matrix products; None for that of `hidden_TD`.
         chunk_size: tokens whose logits exist at a time; `loss_chunk_tokens` of the vocabulary if left out.
+        part: which words `embedding_VD` has, if other processes have the others; None if it has all. The loss must
+            then be that of all words.
 
     Returns:
         () the sum, in float32 (float64 for float64 inputs).
@@ -69,6 +75,7 @@ def chunked_head_loss(
         compute_dtype or hidden_TD.dtype,
         chunk_size or loss_chunk_tokens(embedding_VD.shape[0]),
         torch.is_grad_enabled(),
+        part,
     )
     return result
 
@@ -84,6 +91,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         compute_dtype: torch.dtype,
         chunk_size: int,
         is_grad_enabled: bool,
+        part: VocabularyPart | None,
     ) -> Tensor:
         # needs_input_grad alone says yes for any parameter, under no_grad too.
         needs_hidden, needs_embedding = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
@@ -98,6 +106,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 hidden_grad[places_C] = to_hidden(logits_CV, embedding).to(hidden_grad.dtype)
             if embedding_grad is not None:
                 add_product(embedding_grad, logits_CV.t(), hidden_CD)
+        if part is not None and hidden_grad is not None:
+            part.add(hidden_grad)  # each process has formed it from its words alone
         ctx.save_for_backward(hidden_grad, embedding_grad)
         ctx.embedding_dtype = embedding_VD.dtype
         return total
@@ -110,7 +120,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             hidden_grad = hidden_grad * scale  # in its own dtype
         if embedding_grad is not None:
             embedding_grad = (embedding_grad * scale).to(ctx.embedding_dtype)
-        return hidden_grad, embedding_grad, None, None, None, None, None
+        return hidden_grad, embedding_grad, None, None, None, None, None, None
 
 
 def logit_chunks(

@@ -25,8 +25,8 @@ def use_lean_lora(model: nn.Module) -> int:
     """Gives PEFT's plain LoRA layers this arithmetic, in place, and returns how many.
 
     Left alone are layers of other kinds (over quantized weights, other adapters than LoRA). A layer that is asked for
-    something else than plain LoRA, such as DoRA, dropout, more than one adapter, merged weights, or mixed precision by
-    autocast, computes as PEFT does.
+    something else than plain LoRA, such as DoRA, dropout, more than one adapter, merged weights, mixed precision by
+    autocast, or a product that several processes share, computes as PEFT does.
 
     Args:
         model: with adapters.
@@ -46,7 +46,8 @@ def use_lean_lora(model: nn.Module) -> int:
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = None if args or kwargs else _plain_adapter(layer)
     weight_OI: Tensor = layer.get_base_layer().weight
-    if name is None or weight_OI.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+    is_plain = type(weight_OI) is nn.Parameter  # and no DTensor, which is multiplied with DTensors only
+    if name is None or not is_plain or weight_OI.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
     result = _LoraProduct.apply(  # type: ignore[no-untyped-call]

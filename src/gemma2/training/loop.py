@@ -4,6 +4,9 @@ It knows neither what is minimized (an `Objective`) nor what was done to the mod
 applied outside). A run that is killed at any moment and started again from its last checkpoint ends with the same
 weights, bit for bit, on the same machine and number of threads: parameters, optimizer and the loader's position are
 restored, and nothing else has a state.
+
+With several processes each runs this loop over its own rows of each batch. Whatever decides something (losses, norms,
+requests to stop) is agreed on by all, so that all go the same way; the first one writes the log.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ import torch
 from torch import Tensor
 
 from gemma2.data import PackedBatch, ValidationSet
+from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.gradients import clip_gradients, sum_whole_gradients
 from gemma2.errors import DataError
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.memory_use import peak_memory_bytes
 from gemma2.training.objectives import Batch, CountUnits, MetricSums, Objective, count_labels
-from gemma2.training.optimizer import learning_rate_at, make_optimizer
-from gemma2.training.run_log import RunLog, plot_losses
-from gemma2.training.run_state import load_best, save_best, save_run_state
+from gemma2.training.optimizer import begin_moments, learning_rate_at, make_optimizer
+from gemma2.training.run_log import NoLog, RunLog
+from gemma2.training.run_state import fill_tensors, load_best, save_best, save_run_state
 from gemma2.training.settings import LoopSettings, OptimizerSettings
 
 
@@ -81,13 +86,15 @@ def validate(
     *,
     device: torch.device,
     count_units: CountUnits = count_labels,
+    ranks: Ranks = ONE_PROCESS,
 ) -> ValidationResult:
-    """Measures the model on a fixed set of batches."""
+    """Measures the model on a fixed set of batches; with several processes, each on batches of its own."""
     model.eval()
-    total, number = 0.0, 0
+    total, number = 0.0, 0.0
     for packed in validation.batches:
         total += float(objective(model, Batch.on_device(packed, device)))
         number += count_units(packed)
+    total, number = ranks.total(total, number)
     model.train()
     return ValidationResult(loss=total / number, bits_per_byte=total / math.log(2) / max(1, validation.num_bytes))
 
@@ -109,6 +116,7 @@ class Trainer:
         validation_objective: what validation measures; left out, `objective`.
         count_units: what the summed loss of a batch is divided by; left out, its labels.
         metrics: what the objective reports beside its loss, for the log.
+        ranks: the processes; the loader and the validation then give this one's rows.
     """
 
     def __init__(
@@ -127,6 +135,7 @@ class Trainer:
         validation_objective: Objective | None = None,
         count_units: CountUnits = count_labels,
         metrics: MetricSums | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -142,6 +151,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self.count_units = count_units
         self.metrics = metrics
+        self.ranks = ranks
         self.device = next(model.parameters()).device
         self.step = 0
         self.tokens_seen = 0
@@ -175,9 +185,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken."""
-        self._restore(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Goes back to where `state_dict` was taken, in any number of processes."""
+        if self.ranks.world_size == 1:
+            self._restore(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            begin_moments(self.optimizer, state["optimizer"])
+            fill_tensors({"model": self._trained(), "optimizer": self.optimizer.state_dict()}, state)
         self.loader.load_state_dict(_from_tensors(state["loader"]))
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         self.best_loss, self.validations_since_best = state["best_loss"], state["validations_since_best"]
@@ -204,11 +218,13 @@ class Trainer:
             DataError: the loss is no longer a finite number, or the data ends early.
         """
         run, checkpoints = self.run_settings, self.folder / "checkpoints"
-        log = RunLog(
-            self.folder / "log.jsonl",
-            last_step=self.step,
-            tensorboard=self.folder / "tensorboard" if run.tensorboard else None,
-        )
+        log: RunLog | NoLog = NoLog()
+        if self.ranks.is_first:
+            log = RunLog(
+                self.folder / "log.jsonl",
+                last_step=self.step,
+                tensorboard=self.folder / "tensorboard" if run.tensorboard else None,
+            )
         self.model.train()
         result: ValidationResult | None = None
         self._began, self._seconds_before = time.monotonic(), self.seconds
@@ -220,7 +236,7 @@ class Trainer:
             since_log_losses.append(loss)
             since_log_tokens += num_tokens
             is_last = self.step == self.num_steps
-            stopping = should_stop()
+            stopping = self.ranks.any(should_stop())
             if self.step % run.log_every == 0 or is_last or stopping:
                 elapsed = time.monotonic() - since_log_time
                 report = StepReport(
@@ -249,22 +265,33 @@ class Trainer:
                 since_log_time = time.monotonic()
             if self.step % run.checkpoint_every == 0 or is_last or stopping or self.stopped_early:
                 self.seconds = self._total_seconds()
-                path = save_run_state(checkpoints, self.step, self.state_dict(), to_keep=run.checkpoints_to_keep)
-                plot_losses(log.entries, self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
+                path = save_run_state(
+                    checkpoints, self.step, self.state_dict(), to_keep=run.checkpoints_to_keep, ranks=self.ranks
+                )
+                log.plot(self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
                 self.progress.on_checkpoint(path)
             if stopping:
                 break
         self.seconds = self._total_seconds()
         log.close()
         if run.keep_best and self.is_done and self.best_loss < math.inf:
-            self._restore(load_best(checkpoints)["model"])
+            best = load_best(checkpoints, ranks=self.ranks)
+            if self.ranks.world_size == 1:
+                self._restore(best["model"])
+            else:
+                fill_tensors({"model": self._trained()}, best)
         return result
 
-    def _validate(self, validation: ValidationSet, log: RunLog) -> ValidationResult:
+    def _validate(self, validation: ValidationSet, log: RunLog | NoLog) -> ValidationResult:
         """Measures, and keeps the weights if they are the best so far and that is wanted."""
         self._taken_metrics()  # of training steps since the last line of the log
         result = validate(
-            self.model, self.validation_objective, validation, device=self.device, count_units=self.count_units
+            self.model,
+            self.validation_objective,
+            validation,
+            device=self.device,
+            count_units=self.count_units,
+            ranks=self.ranks,
         )
         log.write(
             event="validation",
@@ -280,17 +307,23 @@ class Trainer:
         if result.loss < self.best_loss:
             self.best_loss, self.validations_since_best = result.loss, 0
             if self.run_settings.keep_best:
-                save_best(self.folder / "checkpoints", {"step": self.step, "model": self._trained()})
+                state = {"step": self.step, "model": self._trained()}
+                save_best(self.folder / "checkpoints", state, ranks=self.ranks)
         return result
 
     def _taken_metrics(self) -> dict[str, float]:
-        return {} if self.metrics is None else {name: round(value, 5) for name, value in self.metrics.take().items()}
+        if self.metrics is None:
+            return {}
+        return {name: round(value, 5) for name, value in self.metrics.take(self.ranks).items()}
 
     def _total_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
 
     def _one_step(self) -> tuple[float, int, float, float]:
-        """One optimizer step; returns its mean loss, its number of labels, the gradient's norm and the rate."""
+        """One optimizer step; returns its mean loss, its number of labels, the gradient's norm and the rate.
+
+        All four are of the whole batch, over all processes.
+        """
         try:
             packed = next(self.loader)
         except StopIteration:
@@ -298,25 +331,26 @@ class Trainer:
                 f"the data ended at step {self.step} of {self.num_steps}; give more data or fewer steps"
             ) from None
         batch = Batch.on_device(packed, self.device)
-        num_tokens = packed.num_tokens
-        divisor = max(1, self.count_units(packed))
+        num_tokens, num_units = map(int, self.ranks.total(packed.num_tokens, self.count_units(packed)))
+        divisor = max(1, num_units)
         num_rows = batch.input_ids.shape[0]
         micro = self.run_settings.micro_batch_size or num_rows
         total = torch.zeros((), device=self.device)
-        torch.manual_seed(_step_seed(self.run_settings.seed, self.step))  # of dropout: a resumed run draws the same
+        # Of dropout: a resumed run draws the same, and processes with other rows draw others.
+        torch.manual_seed(_step_seed(self.run_settings.seed, self.step) + self.ranks.data_rank)
         for first in range(0, num_rows, micro):
             loss_sum = self.objective(self.model, batch.rows(first, first + micro))
             (loss_sum / divisor).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
-        loss = float(total) / divisor
+        loss = self.ranks.total(float(total))[0] / divisor
         if not math.isfinite(loss):
             raise DataError(
                 f"the loss became {loss} at step {self.step}: lower learning_rate, or look at the data; "
                 f"the last checkpoint is in {self.folder / 'checkpoints'}"
             )
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        max_norm = self.optimizer_settings.max_grad_norm
-        grad_norm: Tensor = torch.nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
+        sum_whole_gradients(trained, self.ranks)
+        grad_norm = clip_gradients(trained, self.optimizer_settings.max_grad_norm, self.ranks)
         if not math.isfinite(float(grad_norm)):
             raise DataError(
                 f"the gradient's norm became {float(grad_norm)} at step {self.step}: lower learning_rate, or "

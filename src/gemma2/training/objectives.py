@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gemma2.data import PackedBatch
+from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.tensor_parallel import own_rows
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.linear_cross_entropy import linear_cross_entropy
 
@@ -66,11 +68,15 @@ class MetricSums:
         total, count = self._sums.get(name, (torch.zeros((), dtype=torch.float64, device=values.device), 0))
         self._sums[name] = (total + values.detach().sum(dtype=torch.float64), count + values.numel())
 
-    def take(self) -> dict[str, float]:
-        """The mean of each over the units since the last time; nothing of those that had none."""
-        means = {name: float(total) / count for name, (total, count) in self._sums.items() if count}
+    def take(self, ranks: Ranks = ONE_PROCESS) -> dict[str, float]:
+        """The mean of each over the units since the last time, of all processes; nothing of those that had none."""
+        totals: dict[str, tuple[float, int]] = {}
+        for sums in ranks.gather({name: (float(total), count) for name, (total, count) in self._sums.items()}):
+            for name, (total, count) in sums.items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = (before[0] + total, before[1] + count)
         self._sums.clear()
-        return means
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def last_hidden_states(model: Gemma2ForCausalLM, batch: Batch, compute_dtype: torch.dtype) -> Tensor:
@@ -98,13 +104,15 @@ def next_token_objective(*, compute_dtype: torch.dtype, compiled: bool) -> Objec
     """
 
     def objective(model: Gemma2ForCausalLM, batch: Batch) -> Tensor:
+        rows_VD, part = own_rows(model.lm_head.weight)
         return linear_cross_entropy(
             last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
-            model.lm_head.weight,
+            rows_VD,
             batch.labels.flatten(),
             cap=model.config.final_logit_softcapping,
             compute_dtype=compute_dtype,
             compiled=compiled,
+            part=part,
         )
 
     return objective

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,3 +36,20 @@ def learning_rate_at(step: int, num_steps: int, settings: OptimizerSettings) -> 
     progress = min(1.0, (step - settings.warmup_steps + 1) / decay_steps)
     ratio = settings.final_learning_rate_ratio
     return settings.learning_rate * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def begin_moments(optimizer: torch.optim.AdamW, saved: Mapping[str, Any]) -> None:
+    """Gives every parameter moments, all zero, to be filled, and the count of steps that is saved for it.
+
+    Args:
+        optimizer: new.
+        saved: the `state_dict` of one over the same parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved["state"].items():
+        parameter = parameters[index]
+        optimizer.state[parameter] = {
+            "step": values["step"].to(parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemma2.data import PackedBatch
+from gemma2.distributed.tensor_parallel import all_rows
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.head_loss import IGNORE_INDEX
@@ -113,7 +114,7 @@ def segment_log_probs(model: Gemma2ForCausalLM, batch: Batch, *, compute_dtype: 
     """
     log_probs_T = linear_log_probs(
         last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
-        model.lm_head.weight,
+        all_rows(model.lm_head.weight),
         batch.labels.flatten(),
         cap=model.config.final_logit_softcapping,
         compute_dtype=compute_dtype,

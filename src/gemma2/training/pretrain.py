@@ -15,18 +15,21 @@ from pathlib import Path
 
 import torch
 
-from gemma2.checkpoints import TOKENIZER_FILES, save_checkpoint
+from gemma2.checkpoints import TOKENIZER_FILES
 from gemma2.config import Gemma2Config
-from gemma2.data import PackedLoader, Prefetcher, expand_files, iter_documents, tokenize_for_validation
+from gemma2.data import PackedLoader, StreamLoader, expand_files, iter_documents, tokenize_for_validation
+from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.tensor_parallel import check_split
 from gemma2.errors import ConfigError
 from gemma2.model.device import choose_device
-from gemma2.model.loading import state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.text import Tokenizer, train_tokenizer
+from gemma2.training.activation_checkpointing import checkpoint_layers
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import next_token_objective
 from gemma2.training.run_folder import RunFolder
 from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
+from gemma2.training.shared_model import new_shared, save_model
 
 SAMPLE_PIECE_CHARACTERS = 20_000
 """A tokenizer's sample is drawn in pieces of a few pages, so that every book can be in it."""
@@ -38,6 +41,7 @@ def pretrain(
     progress: Progress,
     say: Callable[[str], None],
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Path | None:
     """Trains, or goes on training, and returns the model's folder; None if it was stopped before the end.
 
@@ -45,15 +49,16 @@ def pretrain(
         settings: what to train, on what, for how long.
         progress: is told of steps, validations and checkpoints.
         say: is given a line for each stage.
-        should_stop: asked after each step.
+        should_stop: asked after each step; with several processes all stop if one says so.
+        ranks: the processes, all of which must call this with the same settings.
 
     Raises:
         ConfigError: the output folder holds a run with other settings, or the device is not there.
         DataError: the data cannot be read.
         CheckpointError: a checkpoint cannot be read or written.
     """
-    device = check_settings(settings).device
-    folder = RunFolder(settings.output, settings)
+    device = check_settings(settings, ranks=ranks).device
+    folder = RunFolder(settings.output, settings, ranks)
     with folder.locked():
         return _pretrain(settings, folder, device, progress=progress, say=say, should_stop=should_stop)
 
@@ -68,7 +73,7 @@ class PretrainPlan:
     """The architecture. Its vocabulary is the one asked for, if the tokenizer is still to be trained."""
 
 
-def check_settings(settings: PretrainSettings) -> PretrainPlan:
+def check_settings(settings: PretrainSettings, *, ranks: Ranks = ONE_PROCESS) -> PretrainPlan:
     """Checks what a settings file names against this machine: data, tokenizer, device, compiler, earlier runs.
 
     Raises:
@@ -78,7 +83,13 @@ def check_settings(settings: PretrainSettings) -> PretrainPlan:
         CheckpointError: the output folder's newest checkpoint cannot be read.
     """
     run = settings.run
-    device = choose_device(run.device, setting="run.device")
+    device = ranks.device or choose_device(run.device, setting="run.device")
+    ranks.check_batch(run.batch_size, run.micro_batch_size)
+    if run.batch_size % settings.data.num_streams:
+        raise ConfigError(
+            f"run.batch_size is {run.batch_size}, and must be a multiple of data.num_streams, which is "
+            f"{settings.data.num_streams}"
+        )
     files = expand_files(settings.data.train)
     if settings.data.validation:
         expand_files(settings.data.validation)
@@ -88,6 +99,7 @@ def check_settings(settings: PretrainSettings) -> PretrainPlan:
         vocab_size = tokenizer.vocab_size
         tokenizer.check_fits(settings.gemma2_config(vocab_size))
     config = settings.gemma2_config(vocab_size)
+    check_split(config, ranks.tensor)
     if run.sequence_length > config.max_position_embeddings:
         raise ConfigError(
             f"run.sequence_length ({run.sequence_length}) must not pass model.max_position_embeddings "
@@ -97,7 +109,7 @@ def check_settings(settings: PretrainSettings) -> PretrainPlan:
         raise ConfigError(
             "run.compile needs a C++ compiler, and none is found; install g++, or set run.compile to false"
         )
-    RunFolder(settings.output, settings).last_state()
+    RunFolder(settings.output, settings, ranks).last_state()
     return PretrainPlan(files=files, device=device, config=config)
 
 
@@ -110,15 +122,19 @@ def _pretrain(
     say: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> Path | None:
-    run = settings.run
+    run, ranks = settings.run, folder.ranks
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     output = settings.output
     state = folder.last_state()
     files = expand_files(settings.data.train)
-    if state is None:  # what a run left that was stopped before its first checkpoint
-        shutil.rmtree(output / "tokenizer", ignore_errors=True)
-    tokenizer_folder = _tokenizer(settings.tokenizer, settings.data, files, output / "tokenizer", run.seed, say)
+
+    def find_tokenizer() -> Path:
+        if state is None:  # what a run left that was stopped before its first checkpoint
+            shutil.rmtree(output / "tokenizer", ignore_errors=True)
+        return _tokenizer(settings.tokenizer, settings.data, files, output / "tokenizer", run.seed, say)
+
+    tokenizer_folder = ranks.first_does(find_tokenizer)
     tokenizer = Tokenizer.from_folder(tokenizer_folder)
     config = settings.gemma2_config(tokenizer.vocab_size)
     tokenizer.check_fits(config)
@@ -128,18 +144,35 @@ def _pretrain(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_bos=False)
 
-    model = Gemma2ForCausalLM(config, device="meta").to_empty(device=device)
-    model.lm_head.weight = model.model.embed_tokens.weight
-    model.initialize(torch.Generator(device=device).manual_seed(run.seed))
+    dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
+    objective = next_token_objective(compute_dtype=dtype, compiled=run.compile)
+    generator = torch.Generator(device=device).manual_seed(run.seed)
+    if ranks.world_size == 1:
+        model = Gemma2ForCausalLM(config, device="meta").to_empty(device=device)
+        model.initialize(generator)
+        if run.gradient_checkpointing:
+            checkpoint_layers(model)
+    else:
+        gathered = new_shared(
+            config,
+            ranks,
+            generator=generator,
+            gather_dtype=torch.bfloat16 if run.dtype == "bfloat16" else None,
+            checkpointing=run.gradient_checkpointing,
+        )
+        model = gathered.model
+        objective = gathered.around(objective)
     count = config.count_parameters()
-    say(f"model: {count.total:,} parameters, {count.embedding:,} of them in the embedding; on {device}")
+    say(f"model: {count.total:,} parameters, {count.embedding:,} of them in the embedding; on {ranks.describe(device)}")
     validation = None
     if settings.data.validation:
         validation = tokenize_for_validation(
             settings.data.validation,
             encode,
             sequence_length=run.sequence_length,
-            batch_size=run.micro_batch_size or run.batch_size,
+            batch_size=run.micro_batch_size or run.batch_size // ranks.data,
+            rank=ranks.data_rank,
+            world_size=ranks.data,
             max_tokens=settings.data.validation_max_tokens,
             text_key=settings.data.text_key,
             newlines="keep",  # the text as it is, whatever the model was trained on
@@ -147,25 +180,33 @@ def _pretrain(
             **special_ids,
         )
         say(f"validation: {validation.num_tokens:,} tokens, {validation.num_bytes:,} bytes")
-    loader = Prefetcher(
-        PackedLoader(
+
+    def make_stream(number: int, num_streams: int, num_rows: int) -> PackedLoader:
+        return PackedLoader(
             files,
             encode,
             sequence_length=run.sequence_length,
-            batch_size=run.batch_size,
+            batch_size=num_rows,
             shuffle_buffer=settings.data.shuffle_buffer,
             seed=run.seed,
             text_key=settings.data.text_key,
             newlines=settings.data.newlines,
             on_error=settings.data.on_error,
+            rank=number,
+            world_size=num_streams,
             **special_ids,
         )
-    )
-    dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    with loader:
+
+    with StreamLoader(
+        make_stream,
+        batch_size=run.batch_size,
+        num_streams=settings.data.num_streams,
+        rank=ranks.data_rank,
+        world_size=ranks.data,
+    ) as loader:
         trainer = Trainer(
             model=model,
-            objective=next_token_objective(compute_dtype=dtype, compiled=run.compile),
+            objective=objective,
             loader=loader,
             validation=validation,
             run=run,
@@ -174,6 +215,7 @@ def _pretrain(
             folder=output,
             progress=progress,
             fingerprint=folder.fingerprint,
+            ranks=ranks,
         )
         if state is not None:
             name, values = state
@@ -184,16 +226,13 @@ def _pretrain(
         return None
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
-    saved = output / "model"
-    save_checkpoint(
-        saved,
-        config,
-        state_arrays(model),
+    return save_model(
+        output / "model",
+        model,
+        ranks,
         dtype=run.save_dtype,
         tokenizer_files=[path for name in TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()],
-        overwrite=True,
     )
-    return saved
 
 
 def _tokenizer(

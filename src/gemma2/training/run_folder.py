@@ -10,12 +10,14 @@ from typing import Any, Final
 import yaml
 from filelock import FileLock, Timeout
 
+from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.errors import ConfigError
 from gemma2.training.run_state import list_run_states, load_run_state
 from gemma2.training.settings_file import Section, differences
 
 FREE_TO_CHANGE: Final[Mapping[str, tuple[str, ...] | None]] = {
     "output": None,
+    "parallel": None,
     "run": (
         "log_every",
         "validate_every",
@@ -30,8 +32,8 @@ FREE_TO_CHANGE: Final[Mapping[str, tuple[str, ...] | None]] = {
         "device",
     ),
 }
-"""Settings that a resumed run need not share. Another device or number of threads changes how sums are rounded, so the
-weights are then not the very same ones."""
+"""Settings that a resumed run need not share. Another device or number of threads or processes changes how sums are
+rounded, so the weights are then not the very same ones."""
 
 
 class RunFolder:
@@ -40,10 +42,12 @@ class RunFolder:
     Args:
         path: the folder; it need not exist.
         settings: of the run that is to begin or go on.
+        ranks: the processes, all of which see this folder; the first one writes to it.
     """
 
-    def __init__(self, path: Path, settings: Section) -> None:
+    def __init__(self, path: Path, settings: Section, ranks: Ranks = ONE_PROCESS) -> None:
         self.path = path
+        self.ranks = ranks
         self.checkpoints = path / "checkpoints"
         self._settings = settings
 
@@ -66,37 +70,45 @@ class RunFolder:
         Raises:
             ConfigError: another run is at work in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
+
+        def acquire() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ConfigError(
+                    f"{self.path} is in use by another run; wait for it, or give another output folder"
+                ) from None
+
+        self.ranks.first_does(acquire)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"{self.path} is in use by another run; wait for it, or give another output folder"
-            ) from None
-        with lock:
             yield
+        finally:
+            lock.release()
 
     def last_state(self) -> tuple[str, dict[str, Any]] | None:
-        """Returns name and contents of the newest checkpoint, or None if there is none.
+        """Returns name and contents of the newest checkpoint, or None if there is none; see `load_run_state`.
 
         Raises:
             ConfigError: it is of a run with other settings.
             CheckpointError: it cannot be read.
         """
-        states = list_run_states(self.checkpoints)
-        if not states:
+        newest = self.ranks.first_does(lambda: next(reversed(list_run_states(self.checkpoints)), None))
+        if newest is None:
             return None
-        state = load_run_state(states[-1])
+        state = load_run_state(newest, ranks=self.ranks)
         if changed := differences(state["fingerprint"], self.fingerprint):
             raise ConfigError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}); "
                 f"put them back to resume it, or give another output folder"
             )
-        return states[-1].name, state
+        return newest.name, state
 
     def write_settings(self) -> None:
         """Writes all settings, defaults too, to settings.yaml."""
+        if not self.ranks.is_first:
+            return
         path = self.path / "settings.yaml"
         beside = path.with_name(path.name + ".partial")
         beside.write_text(yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -52,10 +52,27 @@ class RunLog:
                 if name not in ("event", "step") and isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{values['event']}/{name}", value, values["step"])
 
+    def plot(self, path: Path, *, title: str) -> None:
+        """Draws what was written so far; see `plot_losses`."""
+        plot_losses(self.entries, path, title=title)
+
     def close(self) -> None:
         """Writes out what TensorBoard has not been given yet."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class NoLog:
+    """The record of a process that is not the first: it writes nothing."""
+
+    def write(self, **values: Any) -> None:
+        """Does nothing."""
+
+    def plot(self, path: Path, *, title: str) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def _tensorboard_writer(folder: Path, first_step: int) -> Any:

@@ -43,6 +43,9 @@ class DataSettings(Section):
     """Pieces of `sequence_length` tokens that are mixed at a time."""
     on_error: Literal["raise", "skip"] = "raise"
     validation_max_tokens: int | None = Field(default=200_000, ge=1)
+    num_streams: int = Field(default=1, ge=1)
+    """Into how many streams documents are dealt out, each with its share of every batch. What is trained on depends on
+    this, never on how many processes there are; each process reads the streams of its rows only."""
 
 
 class OptimizerSettings(Section):
@@ -63,7 +66,7 @@ class LoopSettings(Section):
     batch_size: int = Field(ge=1)
     """Rows of one optimizer step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows of one forward pass; gradients of `batch_size` rows are summed up. Left out: all at once."""
+    """Rows of one forward pass of one process; gradients are summed up. Left out: all of a process's rows at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Weights that are trained and the optimizer are float32 in any case."""
     gradient_checkpointing: bool = False
@@ -98,6 +101,15 @@ class LoopSettings(Section):
         return self
 
 
+class ParallelSettings(Section):
+    """How several processes, as `torchrun` starts them, share the work; one process needs none of it."""
+
+    data: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Into how many parts a batch is cut, among which the weights are shared too (FSDP); auto takes all processes."""
+    tensor: int = Field(default=1, ge=1)
+    """How many processes share each matrix product."""
+
+
 class RunSettings(LoopSettings):
     """A run of so many steps over rows of one length."""
 
@@ -115,6 +127,7 @@ class PretrainSettings(Section):
     data: DataSettings
     optimizer: OptimizerSettings
     run: RunSettings
+    parallel: ParallelSettings = ParallelSettings()
 
     @field_validator("output")
     @classmethod

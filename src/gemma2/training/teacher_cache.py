@@ -204,11 +204,14 @@ class CachedTeacher:
     Args:
         loader: that the cache was written with.
         cache: the cache.
+        rank: this process among `world_size`; it takes its share of each batch's rows. The loader gives all of them.
+        world_size: how many processes share each batch.
     """
 
-    def __init__(self, loader: Loader, cache: TeacherCache) -> None:
+    def __init__(self, loader: Loader, cache: TeacherCache, *, rank: int = 0, world_size: int = 1) -> None:
         self._loader = loader
         self._cache = cache
+        self._rank, self._world_size = rank, world_size
         self._step = 0
         self._packed: PackedBatch | None = None
         self._words: TeacherTopK | None = None
@@ -220,9 +223,10 @@ class CachedTeacher:
     def __next__(self) -> PackedBatch:
         packed = next(self._loader)
         self._words = self._cache.words(self._step, packed)
-        self._packed, self._row = packed, 0
+        num_rows = len(packed.input_ids) // self._world_size
+        self._packed, self._row = packed, self._rank * num_rows
         self._step += 1
-        return packed
+        return packed.rows(self._row, self._row + num_rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state and the number of batches."""

@@ -17,11 +17,14 @@ from typing import Final
 
 import torch
 
-from gemma2.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
+from gemma2.checkpoints import Checkpoint, open_checkpoint
 from gemma2.data import ExampleLoader, TokenizedExamples, TokenizingProgress, batch_for_validation, tokenize_examples
+from gemma2.distributed import ONE_PROCESS, Ranks
+from gemma2.distributed.fsdp import GatheredModel
+from gemma2.distributed.tensor_parallel import check_split
 from gemma2.errors import ConfigError, DataError
 from gemma2.model.device import choose_device
-from gemma2.model.loading import load_model, state_arrays
+from gemma2.model.loading import DTYPES, load_model
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.text import Tokenizer
 from gemma2.training.activation_checkpointing import checkpoint_layers
@@ -31,6 +34,7 @@ from gemma2.training.objectives import CountUnits, MetricSums, Objective, count_
 from gemma2.training.preference import count_pairs, model_reference, preference_objective
 from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
+from gemma2.training.shared_model import load_shared, save_model
 from gemma2.training.tune_settings import ExampleDataSettings, TuneSettings
 
 DEFAULT_SEQUENCE_LENGTH: Final = 1024
@@ -53,7 +57,11 @@ class TunePlan:
 
 
 def check_settings(
-    settings: TuneSettings, base_folder: Path, *, on_tokenizing: OnTokenizing = lambda name, progress: None
+    settings: TuneSettings,
+    base_folder: Path,
+    *,
+    on_tokenizing: OnTokenizing = lambda name, progress: None,
+    ranks: Ranks = ONE_PROCESS,
 ) -> TunePlan:
     """Checks settings against this machine, opens the model and tokenizes the examples.
 
@@ -61,6 +69,7 @@ def check_settings(
         settings: what to tune, on what, for how long.
         base_folder: the folder of `settings.model.name`.
         on_tokenizing: see `OnTokenizing`.
+        ranks: the processes, all of which must call this with the same settings.
 
     Raises:
         ConfigError: the settings do not fit each other, this machine, or the run that the output folder holds.
@@ -68,15 +77,17 @@ def check_settings(
         CheckpointError, TokenizerError: the model cannot be read.
     """
     run = settings.run
-    device = choose_device(run.device, setting="run.device")
+    device = ranks.device or choose_device(run.device, setting="run.device")
+    ranks.check_batch(run.batch_size, run.micro_batch_size)
     checkpoint = open_checkpoint(base_folder)
+    _check_parallel(settings, checkpoint, ranks)
     longest = checkpoint.config.max_position_embeddings
     sequence_length = run.sequence_length or min(longest, DEFAULT_SEQUENCE_LENGTH)
     if sequence_length > longest:
         raise ConfigError(f"run.sequence_length ({sequence_length}) must not pass the model's {longest} tokens")
     tokenizer = Tokenizer.from_folder(base_folder)
     tokenizer.check_fits(checkpoint.config)
-    RunFolder(settings.output, settings).last_state()
+    RunFolder(settings.output, settings, ranks).last_state()
     examples = partial(tokenize, settings.data, tokenizer, sequence_length, on_tokenizing)
     train = examples("train", settings.data.train, settings.data.max_train_examples)
     validation = None
@@ -89,7 +100,13 @@ def check_settings(
             raise DataError(f"data.{name} holds {has}, but objective.kind is {needs}")
     num_epochs = run.num_epochs or (1 if run.num_steps is None else None)
     loader = ExampleLoader(
-        train, batch_size=run.batch_size, packing=settings.data.packing, seed=run.seed, num_epochs=num_epochs
+        train,
+        batch_size=run.batch_size // ranks.data,
+        packing=settings.data.packing,
+        seed=run.seed,
+        num_epochs=num_epochs,
+        rank=ranks.data_rank,
+        world_size=ranks.data,
     )
     num_steps = run.num_steps or loader.total_batches
     assert num_steps is not None
@@ -111,6 +128,7 @@ def tune(
     progress: Progress,
     say: Callable[[str], None],
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Path | None:
     """Tunes, or goes on tuning, and returns the folder of the adapter or model; None if it was stopped before the end.
 
@@ -119,14 +137,15 @@ def tune(
         plan: what `check_settings` made of them.
         progress: is told of steps, validations and checkpoints.
         say: is given a line for each stage.
-        should_stop: asked after each step.
+        should_stop: asked after each step; with several processes all stop if one says so.
+        ranks: the processes, as for `check_settings`.
 
     Raises:
         ConfigError: another run is at work in the output folder, or it holds one with other settings.
         DataError: the loss is no longer a number.
         CheckpointError: the model or a checkpoint cannot be read or written.
     """
-    folder = RunFolder(settings.output, settings)
+    folder = RunFolder(settings.output, settings, ranks)
     with folder.locked():
         return _tune(settings, folder, plan, progress=progress, say=say, should_stop=should_stop)
 
@@ -140,7 +159,7 @@ def _tune(
     say: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> Path | None:
-    run = settings.run
+    run, ranks = settings.run, folder.ranks
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     state = folder.last_state()
@@ -153,25 +172,32 @@ def _tune(
     if plan.validation is not None:
         say(describe_examples("validation", plan.validation))
 
-    model = _load(settings, plan)
-    objective, count_units, metrics = _objective(settings, model)
-    first_values = None
-    if settings.adapter is not None:
-        add_adapter(model, settings.adapter, seed=run.seed)
-        first_values = adapter_first_values(model)
-    if run.gradient_checkpointing:
-        checkpoint_layers(model)
+    if _is_shared(settings, ranks):
+        gathered = _load_shared(settings, plan, ranks)
+        model = gathered.model
+        objective, count_units, metrics = _objective(settings, plan, model, ranks)
+        objective = gathered.around(objective)
+    else:
+        model = _load(settings, plan)
+        objective, count_units, metrics = _objective(settings, plan, model, ranks)
+        if settings.adapter is not None:
+            add_adapter(model, settings.adapter, seed=run.seed)
+        if run.gradient_checkpointing:
+            checkpoint_layers(model)
+    first_values = None if settings.adapter is None else adapter_first_values(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = plan.checkpoint.config.count_parameters().total
-    say(f"model: {total:,} parameters, {trained:,} of them trained; on {plan.device}")
+    say(f"model: {total:,} parameters, {trained:,} of them trained; on {ranks.describe(plan.device)}")
 
     validation = None
     if plan.validation is not None:
         validation = batch_for_validation(
             plan.validation,
             plan.tokenizer,
-            batch_size=run.micro_batch_size or run.batch_size,
+            batch_size=run.micro_batch_size or run.batch_size // ranks.data,
             packing=settings.data.packing,
+            rank=ranks.data_rank,
+            world_size=ranks.data,
         )
     trainer = Trainer(
         model=model,
@@ -186,6 +212,7 @@ def _tune(
         fingerprint=folder.fingerprint,
         count_units=count_units,
         metrics=metrics,
+        ranks=ranks,
     )
     if state is not None:
         name, values = state
@@ -206,15 +233,15 @@ def _tune(
             base_model=settings.model.name,
             first_values=first_values,
             extra_files=generation_config(plan.tokenizer, settings.data.template),
+            ranks=ranks,
         )
-    return save_checkpoint(
+    return save_model(
         folder.path / "model",
-        plan.checkpoint.config,
-        state_arrays(model),
+        model,
+        ranks,
         dtype=run.save_dtype,
         tokenizer_files=plan.checkpoint.tokenizer_files,
         extra_files=generation_config(plan.tokenizer, settings.data.template),
-        overwrite=True,
     )
 
 
@@ -256,6 +283,42 @@ def tokenize(
     )
 
 
+def _check_parallel(settings: TuneSettings, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Refuses what cannot be shared among processes."""
+    check_split(checkpoint.config, ranks.tensor)
+    if ranks.tensor == 1:
+        return
+    if settings.model.quantization != "none":
+        raise ConfigError(
+            f"parallel.tensor is {ranks.tensor}, but weights in {settings.model.quantization} cannot be cut; set it to "
+            "1, so that processes cut the batch only, or leave model.quantization out"
+        )
+    if settings.adapter is not None and settings.adapter.use_dora:
+        raise ConfigError(
+            f"parallel.tensor is {ranks.tensor}, but adapter.use_dora needs whole rows of W + s · B A in one process; "
+            "set one of the two otherwise"
+        )
+
+
+def _is_shared(settings: TuneSettings, ranks: Ranks) -> bool:
+    """Whether processes share the weights. Quantized ones they do not: each has them all, and cuts the batch only."""
+    return ranks.world_size > 1 and settings.model.quantization == "none"
+
+
+def _load_shared(settings: TuneSettings, plan: TunePlan, ranks: Ranks) -> GatheredModel:
+    """As `_load`, of which this process has a part, with the adapter and checkpointing of activations."""
+    run, is_full = settings.run, settings.adapter is None
+    return load_shared(
+        plan.checkpoint,
+        ranks,
+        dtype=torch.float32 if is_full else DTYPES[run.dtype],
+        adapter=settings.adapter,
+        seed=run.seed,
+        gather_dtype=torch.bfloat16 if is_full and run.dtype == "bfloat16" else None,
+        checkpointing=run.gradient_checkpointing,
+    )
+
+
 def _load(settings: TuneSettings, plan: TunePlan) -> Gemma2ForCausalLM:
     """The model to train: float32 weights if they are trained, else in the dtype of the products, or quantized."""
     if settings.adapter is None:
@@ -266,13 +329,19 @@ def _load(settings: TuneSettings, plan: TunePlan) -> Gemma2ForCausalLM:
     return load_model(plan.checkpoint, dtype=settings.run.dtype, device=plan.device, replace_linear=replace)
 
 
-def _objective(settings: TuneSettings, model: Gemma2ForCausalLM) -> tuple[Objective, CountUnits, MetricSums | None]:
-    dtype = torch.bfloat16 if settings.run.dtype == "bfloat16" else torch.float32
+def _objective(
+    settings: TuneSettings, plan: TunePlan, model: Gemma2ForCausalLM, ranks: Ranks
+) -> tuple[Objective, CountUnits, MetricSums | None]:
+    dtype = DTYPES[settings.run.dtype]
     if settings.objective.kind == "next_token":
         return next_token_objective(compute_dtype=dtype, compiled=settings.run.compile), count_labels, None
     metrics = MetricSums()
     if settings.adapter is not None:
         reference = model_reference(model, compute_dtype=dtype, as_reference=partial(adapters_disabled, model))
+    elif _is_shared(settings, ranks):
+        gathered = load_shared(plan.checkpoint, ranks, dtype=dtype)
+        gathered.requires_grad_(False)
+        reference = gathered.around(model_reference(gathered.model, compute_dtype=dtype))
     else:
         before = copy.deepcopy(model).to(dtype).requires_grad_(False)
         reference = model_reference(before, compute_dtype=dtype)

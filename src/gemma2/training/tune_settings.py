@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from gemma2.data import Format, OnError, Template, TooLong, TrainOn
 from gemma2.errors import nearest_name
 from gemma2.memory import ADAPTABLE_MODULES
-from gemma2.training.settings import LoopSettings, OptimizerSettings
+from gemma2.training.settings import LoopSettings, OptimizerSettings, ParallelSettings
 from gemma2.training.settings_file import Section, read_settings
 
 ALL_LINEAR: Final = "all-linear"
@@ -140,6 +140,7 @@ class TuneSettings(Section):
     objective: TuneObjectiveSettings = TuneObjectiveSettings()
     optimizer: TuneOptimizerSettings = TuneOptimizerSettings()
     run: TuneRunSettings = TuneRunSettings()
+    parallel: ParallelSettings = ParallelSettings()
 
     @field_validator("output")
     @classmethod
