@@ -44,6 +44,7 @@ from gemma2.training.loop import Loader, Progress, Trainer
 from gemma2.training.objectives import Batch, next_token_objective
 from gemma2.training.on_policy import OnPolicyLoader
 from gemma2.training.quantized_base import quantized_linear
+from gemma2.training.optimizer import check_optimizer
 from gemma2.training.run_folder import RunFolder
 from gemma2.training.shared_model import load_shared, new_shared, save_model
 from gemma2.training.teacher_cache import CachedTeacher, CacheInfo, TeacherCache, write_teacher_cache
@@ -99,6 +100,7 @@ def check_settings(
     run = settings.run
     device = ranks.device or choose_device(run.device, setting="run.device")
     ranks.check_batch(run.batch_size, run.micro_batch_size)
+    check_optimizer(settings.optimizer, ranks.world_size)
     if ranks.world_size > 1 and settings.on_policy is not None:
         raise ConfigError(
             f"on_policy needs the whole student in the process that samples, but {ranks.world_size} processes share "

@@ -109,7 +109,7 @@ class Trainer:
         validation: what to validate on, or None.
         run: what goes through at once, and what is written when.
         num_steps: how long the run is.
-        optimizer: AdamW and its learning rate.
+        optimizer: which optimizer, and its learning rate.
         folder: where log.jsonl, loss.png and checkpoints/ go.
         progress: is told of each step.
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
@@ -190,6 +190,7 @@ class Trainer:
             self._restore(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         else:
+            assert isinstance(self.optimizer, torch.optim.AdamW)  # see check_optimizer
             begin_moments(self.optimizer, state["optimizer"])
             fill_tensors({"model": self._trained(), "optimizer": self.optimizer.state_dict()}, state)
         self.loader.load_state_dict(_from_tensors(state["loader"]))

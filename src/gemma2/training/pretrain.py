@@ -27,6 +27,7 @@ from gemma2.text import Tokenizer, train_tokenizer
 from gemma2.training.activation_checkpointing import checkpoint_layers
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import next_token_objective
+from gemma2.training.optimizer import check_optimizer
 from gemma2.training.run_folder import RunFolder
 from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
 from gemma2.training.shared_model import new_shared, save_model
@@ -85,6 +86,7 @@ def check_settings(settings: PretrainSettings, *, ranks: Ranks = ONE_PROCESS) ->
     run = settings.run
     device = ranks.device or choose_device(run.device, setting="run.device")
     ranks.check_batch(run.batch_size, run.micro_batch_size)
+    check_optimizer(settings.optimizer, ranks.world_size)
     if run.batch_size % settings.data.num_streams:
         raise ConfigError(
             f"run.batch_size is {run.batch_size}, and must be a multiple of data.num_streams, which is "

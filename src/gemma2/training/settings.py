@@ -49,13 +49,17 @@ class DataSettings(Section):
 
 
 class OptimizerSettings(Section):
-    """AdamW with linear warm-up and cosine decay; weight decay on matrices only."""
+    """AdamW or Muon with linear warm-up and cosine decay; weight decay on matrices only."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of layers move by orthogonal steps (see `training.optimizer`), all else by AdamW."""
     learning_rate: float = Field(gt=0)
     final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=100, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """muon: of the matrices of layers; `betas` and `eps` are AdamW's."""
     weight_decay: float = Field(default=0.1, ge=0)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
 

@@ -31,6 +31,7 @@ from gemma2.training.activation_checkpointing import checkpoint_layers
 from gemma2.training.adapters import adapter_first_values, adapters_disabled, add_adapter, save_adapter
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import CountUnits, MetricSums, Objective, count_labels, next_token_objective
+from gemma2.training.optimizer import check_optimizer
 from gemma2.training.preference import count_pairs, model_reference, preference_objective
 from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
@@ -79,6 +80,7 @@ def check_settings(
     run = settings.run
     device = ranks.device or choose_device(run.device, setting="run.device")
     ranks.check_batch(run.batch_size, run.micro_batch_size)
+    check_optimizer(settings.optimizer, ranks.world_size)
     checkpoint = open_checkpoint(base_folder)
     _check_parallel(settings, checkpoint, ranks)
     longest = checkpoint.config.max_position_embeddings
