@@ -4,10 +4,12 @@
     python benchmarks/lora.py /tmp/gemma-2b --length 512                  ours
     python benchmarks/lora.py /tmp/gemma-2b --batch 2 --length 1024 --peer --peer-checkpointing
 
-Adapters of rank 16 on all linear maps, bf16 weights, AdamW, every token trained on. Each run is a process of its own;
-with `--peer` the two sides take turns. Speed is the median of the steps after the first, which allocates; memory is the
-most that the process ever had (ru_maxrss), interpreter and weights included. Both sides start from the same weights,
-draw the same tokens, and adapters that change nothing yet, so that losses must agree from the first step on.
+Adapters of rank 16 on all linear maps, bf16 weights (ours as `--quantization` says), AdamW, every token trained on.
+Each run is a process of its own; with `--peer` the two sides take turns. Speed is the median of the steps after the
+first, which allocates; memory is the most that the process ever had (ru_maxrss), interpreter and weights included.
+Both sides start from the same weights, draw the same tokens, and adapters that change nothing yet, so that losses must
+agree at the first step. After it they show what becomes of updates that are small beside the steps of bf16;
+`--peer-float32` shows what they should be.
 
 A step costs 4 flop for each weight and token: 2 forward, 2 for the gradient of a frozen map's input.
 """
@@ -29,7 +31,9 @@ from typing import Any
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-4
 
 
-def run_ours(folder: Path, batch: int, length: int, num_checkpointed: int) -> tuple[Callable[[], float], float]:
+def run_ours(
+    folder: Path, batch: int, length: int, num_checkpointed: int, quantization: str
+) -> tuple[Callable[[], float], float]:
     """A function that makes one step and returns its loss, and the flop of a step."""
     import torch
 
@@ -40,10 +44,15 @@ def run_ours(folder: Path, batch: int, length: int, num_checkpointed: int) -> tu
     from gemma2.training.lean_lora import use_lean_lora
     from gemma2.training.memory_use import return_large_tensors
     from gemma2.training.objectives import Batch, next_token_objective
+    from gemma2.training.packed_base import load_packed
     from gemma2.training.tune_settings import AdapterSettings
 
     return_large_tensors()
-    model = load_model(open_checkpoint(folder), dtype="bfloat16")
+    checkpoint = open_checkpoint(folder)
+    if quantization == "none":
+        model = load_model(checkpoint, dtype="bfloat16")
+    else:
+        model = load_packed(checkpoint, quantization, dtype=torch.bfloat16, num_threads=torch.get_num_threads())
     add_adapter(model, AdapterSettings(r=RANK, lora_alpha=ALPHA), seed=0)
     use_lean_lora(model)
     if num_checkpointed:
@@ -69,14 +78,16 @@ def run_ours(folder: Path, batch: int, length: int, num_checkpointed: int) -> tu
     return step, 4.0 * model.config.count_parameters().total * batch * length
 
 
-def run_theirs(folder: Path, batch: int, length: int, num_checkpointed: int) -> tuple[Callable[[], float], float]:
+def run_theirs(
+    folder: Path, batch: int, length: int, num_checkpointed: int, is_wide: bool
+) -> tuple[Callable[[], float], float]:
     """The same with transformers and PEFT."""
     import peft
     import torch
     import transformers
 
     model: Any = transformers.Gemma2ForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="eager"
+        folder, dtype=torch.float32 if is_wide else torch.bfloat16, attn_implementation="eager"
     )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     maps = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,11 +117,19 @@ def _tokens(batch: int, length: int) -> Any:
 
 def run_one(arguments: argparse.Namespace) -> None:
     """One side in this process; writes a line of JSON."""
+    if arguments.one == "ours" and arguments.quantization != "none":
+        from gemma2.runtime import share_cores_with_torch
+
+        share_cores_with_torch()  # before PyTorch is imported, as `gemma2 tune` does
     import torch
 
     torch.set_num_threads(arguments.threads)
-    make = {"ours": run_ours, "theirs": run_theirs}[arguments.one]
-    step, flop = make(arguments.folder, arguments.batch, arguments.length, arguments.checkpointed)
+    rows = (arguments.folder, arguments.batch, arguments.length, arguments.checkpointed)
+    step, flop = (
+        run_theirs(*rows, arguments.peer_float32)
+        if arguments.one == "theirs"
+        else run_ours(*rows, arguments.quantization)
+    )
     seconds, losses = [], []
     for _ in range(arguments.steps):
         start = time.perf_counter()
@@ -123,10 +142,11 @@ def run_one(arguments: argparse.Namespace) -> None:
 def run_process(side: str, arguments: argparse.Namespace, num_checkpointed: int) -> dict[str, Any]:
     """One side in a process of its own."""
     options = {"one": side, "checkpointed": num_checkpointed}
-    options |= {name: getattr(arguments, name) for name in ("batch", "length", "steps", "threads")}
+    options |= {name: getattr(arguments, name) for name in ("batch", "length", "steps", "threads", "quantization")}
     command = [sys.executable, __file__, str(arguments.folder)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
+    command += ["--peer-float32"] * arguments.peer_float32
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise SystemExit(f"{side}: {(result.stderr.strip().splitlines() or ['it ended without a word'])[-1]}")
@@ -148,13 +168,15 @@ def compare(arguments: argparse.Namespace) -> None:
         for side in sides if index % 2 == 0 else reversed(sides):
             runs[side].append(run_process(side, arguments, sides[side]))
     rates, peaks = {}, {}
-    names = {"ours": "gemma2", "theirs": "transformers + PEFT"}
+    names = {"ours": "gemma2", "theirs": "transformers + PEFT" + (", float32" if arguments.peer_float32 else "")}
     for side, figures in runs.items():
         median = statistics.median(second for run in figures for second in run["seconds"][1:])
         rates[side] = arguments.batch * arguments.length / median
         peaks[side] = max(run["peak_bytes"] for run in figures)
         losses = " ".join(f"{loss:.4f}" for loss in figures[-1]["losses"])
         checkpointed = f", {sides[side]} layers checkpointed" if side == "ours" and sides[side] else ""
+        if side == "ours" and arguments.quantization != "none":
+            checkpointed = f", {arguments.quantization} base" + checkpointed
         checkpointed += ", checkpointing" if side == "theirs" and sides[side] else ""
         print(
             f"{names[side]}{checkpointed}: {rates[side]:.2f} tok/s ({figures[0]['flop'] / median / 1e9:.0f} Gflop/s "
@@ -174,8 +196,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="how often each side has its turn (default: 1)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side (default: 2)")
     parser.add_argument("--checkpointed", type=int, default=0, help="how many of our layers keep only their input")
+    parser.add_argument(
+        "--quantization",
+        choices=("none", "q8", "q4"),
+        default="none",
+        help="of our frozen weights: bf16, or the CPU engine's 8 or 4 bits (default: none)",
+    )
     parser.add_argument("--peer", action="store_true", help="run transformers + PEFT, too, by turns")
     parser.add_argument("--peer-checkpointing", action="store_true", help="with its gradient checkpointing")
+    parser.add_argument("--peer-float32", action="store_true", help="with float32 weights and products")
     parser.add_argument("--one", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.steps < 2:

@@ -302,6 +302,7 @@ def adapter_training(
     rank: int,
     modules: Iterable[str] = ADAPTABLE_MODULES,
     weight_format: str = "bfloat16",
+    on_engine: bool = False,
     batch_size: int,
     length: int,
     checkpointing: bool,
@@ -319,6 +320,7 @@ def adapter_training(
         rank: r, width of the adapters.
         modules: which linear maps get one; some of `ADAPTABLE_MODULES`.
         weight_format: of the frozen weights; one of `WEIGHT_FORMATS`.
+        on_engine: whether the CPU engine multiplies them, which has them once more in q8, by columns.
         batch_size: B, sequences that go through at once.
         length: L, tokens of each.
         checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
@@ -330,7 +332,9 @@ def adapter_training(
     modules = tuple(modules)
     count = adapter_parameters(config, rank=rank, modules=modules)
     weights = weight_bytes(config, weight_format)
-    if weight_format in ("q8", "q4"):
+    if on_engine:
+        weights += weight_bytes(config, "q8")
+    elif weight_format in ("q8", "q4"):
         weights += 2 * max(outputs * inputs for outputs, inputs in layer_matrices(config).values())
     gathered = 0
     if grid.size > 1 and weight_format not in ("q8", "q4"):

@@ -58,3 +58,12 @@ def make_runtime(num_threads: int, isa: str = "auto") -> kernels.Runtime:
             f"the system does not give {num_threads} threads: {error}; ask for fewer, by num_threads or "
             "GEMMA2_NUM_THREADS, or raise its limits"
         ) from None
+
+
+def share_cores_with_torch() -> None:
+    """Lets PyTorch's threads sleep soon after each task, so that the engine's find free cores when the two take turns.
+
+    GNU's OpenMP, which PyTorch has on Linux, keeps its threads turning for some milliseconds otherwise. It reads how
+    long when it is loaded, so this must come before PyTorch is imported; what the user has set stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

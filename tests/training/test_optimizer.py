@@ -56,9 +56,10 @@ def test_muon_moves_matrices_of_layers_by_orthogonal_steps_and_adamw_all_else() 
     moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     singular = torch.linalg.svdvals(moved["wide.weight"])
     assert singular.max() / singular.min() < 2  # those of the gradient are farther apart
-    assert torch.linalg.svdvals(model["wide"].weight.grad).max() > 2.5 * torch.linalg.svdvals(
-        model["wide"].weight.grad
-    ).min()
+    assert (
+        torch.linalg.svdvals(model["wide"].weight.grad).max()
+        > 2.5 * torch.linalg.svdvals(model["wide"].weight.grad).min()
+    )
     assert moved["wide.weight"].square().mean().sqrt() == pytest.approx(0.2, rel=0.25)  # of AdamW's usual step
     for name in ("embed_tokens.weight", "norm.weight", "norm.bias"):
         torch.testing.assert_close(moved[name].abs(), torch.ones_like(moved[name]), rtol=1e-3, atol=0)

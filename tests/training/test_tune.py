@@ -240,10 +240,13 @@ def test_the_best_is_kept_and_a_run_stops_early(tmp_path: Path, base: Path, data
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_a_quantized_base(tmp_path: Path, base: Path, data: Path) -> None:
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("quantization", ["nf4", "q8", "q4"])
+def test_a_quantized_base(tmp_path: Path, base: Path, data: Path, quantization: str) -> None:
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
     progress = Silent()
-    folder = run(settings_of(tmp_path, data, model={"quantization": "nf4"}, run={"num_steps": 12}), base, progress)
+    settings = settings_of(tmp_path, data, model={"quantization": quantization}, run={"num_steps": 12})
+    folder = run(settings, base, progress)
     assert progress.losses[-1] < 0.8 * progress.losses[0]
     assert folder is not None
     assert open_adapter(folder, CONFIG).num_parameters > 0
@@ -288,6 +291,8 @@ def test_averages(tmp_path: Path, base: Path, data: Path) -> None:
         ({"adapter": {"r": 4, "target_modules": ["lm_head"]}}, "embedding and head are one matrix"),
         ({"adapter": {"rank": 4}}, "adapter.rank: there is no such setting"),
         ({"adapter": None, "model": {"quantization": "nf4"}}, "cannot be trained themselves; add an adapter"),
+        ({"adapter": {"use_dora": True}, "model": {"quantization": "q8"}}, "use_dora reads the frozen matrices"),
+        ({"adapter": {"init_lora_weights": "pissa"}, "model": {"quantization": "q4"}}, "q4 would round once more"),
         ({"run": {"num_epochs": 2}}, "num_epochs and num_steps both"),
         ({"run": {"keep_best": True}}, "run.keep_best goes by the validation loss"),
         ({"data": {"format": "alpacca"}}, "data.format"),

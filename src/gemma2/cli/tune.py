@@ -62,10 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb."""
     require_libraries("torch", "pydantic", "yaml", "matplotlib")
-    from gemma2.training.tune_settings import load_tune_settings
+    from gemma2.runtime import share_cores_with_torch
+    from gemma2.training.tune_settings import ENGINE_FORMATS, load_tune_settings
 
     with one_voice():
         settings = load_tune_settings(args.settings, args.set)
+        if settings.model.quantization in ENGINE_FORMATS:
+            share_cores_with_torch()
         with training_ranks(settings.parallel, settings.run) as ranks:
             return _run(args, settings, ranks)
 
@@ -106,6 +109,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
     from gemma2.data import EncodedPair, render_example
     from gemma2.memory import ProcessGrid, adapter_training, full_training
     from gemma2.training.tune import describe_examples
+    from gemma2.training.tune_settings import ENGINE_FORMATS
 
     for choice in plan.train.choices:
         console.print(str(choice), highlight=False)
@@ -117,7 +121,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
         f"run: {plan.num_steps:,} steps of {run.batch_size} × {length} tokens, on {ranks.describe(plan.device)}",
         highlight=False,
     )
-    config = plan.checkpoint.config
+    config, quantization = plan.checkpoint.config, settings.model.quantization
     rows = {"batch_size": run.micro_batch_size or run.batch_size // ranks.data, "length": length}
     grid = ProcessGrid(data=ranks.data, tensor=ranks.tensor)
     if settings.adapter is None:
@@ -127,7 +131,8 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
             config,
             rank=settings.adapter.r,
             modules=settings.adapter.modules,
-            weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}[settings.model.quantization],
+            weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}.get(quantization, quantization),
+            on_engine=quantization in ENGINE_FORMATS,
             **rows,
             checkpointing=run.gradient_checkpointing,
             grid=grid,

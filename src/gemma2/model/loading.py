@@ -29,6 +29,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     replace_linear: Callable[[nn.Linear], nn.Module] | None = None,
+    replace_embedding: Callable[[nn.Embedding], tuple[nn.Module, nn.Module]] | None = None,
 ) -> Gemma2ForCausalLM:
     """Builds the model of a checkpoint and fills every parameter from it.
 
@@ -45,6 +46,7 @@ def load_model(
         device: where to put the parameters; None for the CPU.
         replace_linear: what to put in the place of each linear map of a layer as soon as it is filled, such as a
             quantized one; so the whole model is never there in its first form.
+        replace_embedding: what to put in the places of the embedding and of the head, likewise.
 
     Returns:
         The model; the head and the embedding are one parameter.
@@ -67,6 +69,8 @@ def load_model(
         if replace_linear is not None and isinstance(owner, nn.Linear):
             parent, _, child = owner_name.rpartition(".")
             setattr(model.get_submodule(parent), child, replace_linear(owner))
+        if replace_embedding is not None and isinstance(owner, nn.Embedding):
+            model.model.embed_tokens, model.lm_head = replace_embedding(owner)  # type: ignore[assignment]
     model.lm_head.weight = model.model.embed_tokens.weight
     unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not unfilled, f"the table of tensors lacks {unfilled}"

@@ -43,8 +43,8 @@ from gemma2.training.engine_teacher import engine_teacher
 from gemma2.training.loop import Loader, Progress, Trainer
 from gemma2.training.objectives import Batch, next_token_objective
 from gemma2.training.on_policy import OnPolicyLoader
-from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.optimizer import check_optimizer
+from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
 from gemma2.training.shared_model import load_shared, new_shared, save_model
 from gemma2.training.teacher_cache import CachedTeacher, CacheInfo, TeacherCache, write_teacher_cache

@@ -16,7 +16,7 @@ Axes: T tokens, N of them trained, D width, V vocabulary, C tokens of one chunk,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from gemma2.memory import BLOCK_LOGITS, loss_chunk_tokens
 
 if TYPE_CHECKING:
     from gemma2.distributed.tensor_parallel import VocabularyPart
+    from gemma2.model.modeling import Gemma2ForCausalLM
 
 IGNORE_INDEX: Final = -100
 """A label that is not trained on, as in PyTorch and Hugging Face."""
@@ -37,6 +38,20 @@ ChunkLoss = Callable[[Tensor, Tensor, bool], Tensor]
 () summed loss. The gradient in the logits, if needed, takes their place. Called where no gradient is recorded."""
 
 
+class Head(Protocol):
+    """Products with a head that is frozen and no tensor, such as `packed_base.PackedMatrix`."""
+
+    num_outputs: int
+
+    def outputs(self, hidden_CD: Tensor, out_CV: Tensor, /) -> Tensor:
+        """Writes hidden · headᵀ, in float32."""
+        ...
+
+    def inputs(self, gradient_CV: Tensor, /) -> Tensor:
+        """gradient · head: (C, D) float32."""
+        ...
+
+
 def trained_places(labels_T: Tensor) -> Tensor:
     """(N,) int64: where the labels are not `IGNORE_INDEX`."""
     return (labels_T != IGNORE_INDEX).nonzero().squeeze(1)
@@ -44,7 +59,7 @@ def trained_places(labels_T: Tensor) -> Tensor:
 
 def chunked_head_loss(
     hidden_TD: Tensor,
-    embedding_VD: Tensor,
+    embedding_VD: Tensor | Head,
     places_N: Tensor,
     chunk_loss: ChunkLoss,
     *,
@@ -56,7 +71,8 @@ def chunked_head_loss(
 
     Args:
         hidden_TD: (T, D) hidden states after the last norm.
-        embedding_VD: (V, D) tied embedding, which is the head. If it needs no gradient, none is formed.
+        embedding_VD: (V, D) tied embedding, which is the head, or a frozen `Head`. If it needs no gradient, none is
+            formed.
         places_N: (N,) int64, the tokens that are trained on, each once.
         chunk_loss: what is minimized.
         compute_dtype: dtype of the matrix products; None for that of `hidden_TD`.
@@ -73,7 +89,7 @@ def chunked_head_loss(
         places_N,
         chunk_loss,
         compute_dtype or hidden_TD.dtype,
-        chunk_size or loss_chunk_tokens(embedding_VD.shape[0]),
+        chunk_size or chunk_tokens(embedding_VD),
         torch.is_grad_enabled(),
         part,
     )
@@ -85,7 +101,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
-        embedding_VD: Tensor,
+        embedding_VD: Tensor | Head,
         places_N: Tensor,
         chunk_loss: ChunkLoss,
         compute_dtype: torch.dtype,
@@ -98,8 +114,11 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         wide = wide_dtype(hidden_TD.dtype)
         total = torch.zeros((), dtype=wide, device=hidden_TD.device)
         hidden_grad = torch.zeros_like(hidden_TD) if needs_hidden else None
-        embedding_grad = torch.zeros_like(embedding_VD, dtype=wide) if needs_embedding else None
-        embedding = embedding_VD.to(compute_dtype)
+        embedding_grad = None
+        embedding = in_dtype(embedding_VD, compute_dtype)
+        if isinstance(embedding_VD, Tensor):
+            embedding_grad = torch.zeros_like(embedding_VD, dtype=wide) if needs_embedding else None
+            ctx.embedding_dtype = embedding_VD.dtype
         for places_C, hidden_CD, logits_CV in logit_chunks(hidden_TD, embedding, places_N, chunk_size):
             total += chunk_loss(logits_CV, places_C, needs_hidden or needs_embedding)
             if hidden_grad is not None:
@@ -109,7 +128,6 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         if part is not None and hidden_grad is not None:
             part.add(hidden_grad)  # each process has formed it from its words alone
         ctx.save_for_backward(hidden_grad, embedding_grad)
-        ctx.embedding_dtype = embedding_VD.dtype
         return total
 
     @staticmethod
@@ -123,10 +141,34 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         return hidden_grad, embedding_grad, None, None, None, None, None, None
 
 
+def chunk_tokens(embedding_VD: Tensor | Head) -> int:
+    """How many tokens' logits exist at once; half as many where they are float32 and not bf16."""
+    tokens = loss_chunk_tokens(num_words(embedding_VD))
+    return tokens if isinstance(embedding_VD, Tensor) else max(1, tokens // 2)
+
+
+def num_words(embedding_VD: Tensor | Head) -> int:
+    """V."""
+    return embedding_VD.shape[0] if isinstance(embedding_VD, Tensor) else embedding_VD.num_outputs
+
+
+def head_of(model: Gemma2ForCausalLM) -> Head | None:
+    """The head of a model whose weights are packed, else None: it is the embedding then."""
+    head: Head | None = getattr(model.lm_head, "matrix", None)
+    return head
+
+
+def in_dtype(embedding_VD: Tensor | Head, dtype: torch.dtype) -> Tensor | Head:
+    """The embedding in the dtype of its products; a `Head` has its own."""
+    return embedding_VD.to(dtype) if isinstance(embedding_VD, Tensor) else embedding_VD
+
+
 def logit_chunks(
-    hidden_TD: Tensor, embedding_VD: Tensor, places_N: Tensor, chunk_size: int
+    hidden_TD: Tensor, embedding_VD: Tensor | Head, places_N: Tensor, chunk_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (C,) places, their (C, D) hidden states and (C, V) logits before the cap, in the embedding's dtype.
+
+    A `Head` gives logits in float32.
 
     All logits lie in the same memory, one chunk after the other: use or overwrite them before the next comes.
     """
@@ -134,11 +176,15 @@ def logit_chunks(
         return
     # As even as can be: a small rest would run slower.
     chunks = torch.tensor_split(places_N, -(-places_N.shape[0] // chunk_size))
-    buffer = embedding_VD.new_empty((chunks[0].shape[0], embedding_VD.shape[0]))
+    dtype = embedding_VD.dtype if isinstance(embedding_VD, Tensor) else torch.float32
+    buffer = torch.empty((chunks[0].shape[0], num_words(embedding_VD)), dtype=dtype, device=hidden_TD.device)
     for places_C in chunks:
-        hidden_CD = hidden_TD[places_C].to(embedding_VD.dtype)
+        hidden_CD = hidden_TD[places_C].to(dtype)
         logits_CV = buffer[: places_C.shape[0]]
-        torch.mm(hidden_CD, embedding_VD.t(), out=logits_CV)
+        if isinstance(embedding_VD, Tensor):
+            torch.mm(hidden_CD, embedding_VD.t(), out=logits_CV)
+        else:
+            embedding_VD.outputs(hidden_CD, logits_CV)
         yield places_C, hidden_CD, logits_CV
 
 
@@ -183,11 +229,13 @@ def write_gradient(logits_RV: Tensor, gradient_RV: Tensor, sigmoid_RV: Tensor | 
     logits_RV.copy_(gradient_RV)
 
 
-def to_hidden(gradient_CV: Tensor, embedding_VD: Tensor) -> Tensor:
+def to_hidden(gradient_CV: Tensor, embedding_VD: Tensor | Head) -> Tensor:
     """gradient · embedding, (C, D).
 
     On a CPU the product is cut along the vocabulary: sums as long as 256,000 run a tenth slower than shorter ones.
     """
+    if not isinstance(embedding_VD, Tensor):
+        return embedding_VD.inputs(gradient_CV)
     vocab_size = embedding_VD.shape[0]
     if gradient_CV.device.type != "cpu" or vocab_size <= WORDS_OF_A_SUM:
         return gradient_CV @ embedding_VD

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma2.model.lean_functions import recipe_of
+from gemma2.training.packed_base import PackedMatrix
 
 
 def use_lean_lora(model: nn.Module) -> int:
@@ -37,10 +38,15 @@ def use_lean_lora(model: nn.Module) -> int:
     count = 0
     layer: Any
     for layer in model.modules():
-        if type(layer) is layers.Linear and type(layer.get_base_layer()) is nn.Linear:
+        if type(layer) is layers.Linear and _is_known(layer.get_base_layer()):
             layer.forward = functools.partial(_forward, layer)
             count += 1
     return count
+
+
+def _is_known(base: nn.Module) -> bool:
+    """Whether it is an ordinary linear map, or one over a `PackedMatrix`."""
+    return type(base) is nn.Linear or isinstance(getattr(base, "matrix", None), PackedMatrix)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -50,8 +56,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if name is None or not is_plain or weight_OI.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
         result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
+    product = getattr(layer.get_base_layer(), "matrix", weight_OI)
     result = _LoraProduct.apply(  # type: ignore[no-untyped-call]
-        x, weight_OI, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        x, product, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     )
     return result
 
@@ -76,28 +83,38 @@ class _LoraProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor | PackedMatrix, a_RI: Tensor, b_OR: Tensor, scaling: float
+    ) -> Tensor:
         u = F.linear(x, a_RI.to(x.dtype)).mul_(scaling)
-        y = F.linear(x, weight_OI)
-        y.flatten(0, -2).addmm_(u.flatten(0, -2), b_OR.to(x.dtype).t())
         ctx.recipe, kept = recipe_of(x) or (None, (x,))
         if ctx.recipe is not None:
             ctx.recipe.promise_use()
-        ctx.save_for_backward(u, weight_OI, a_RI, b_OR, *kept)
         ctx.scaling = scaling
-        return y
+        if isinstance(weight_OI, Tensor):
+            ctx.matrix = None
+            ctx.save_for_backward(u, a_RI, b_OR, weight_OI, *kept)
+            y = F.linear(x, weight_OI)
+        else:
+            ctx.matrix = weight_OI
+            ctx.save_for_backward(u, a_RI, b_OR, *kept)
+            y = weight_OI.outputs(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        y.flatten(0, -2).addmm_(u.flatten(0, -2).to(y.dtype), b_OR.to(y.dtype).t())
+        return y if ctx.matrix is None else y.to(x.dtype, copy=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight_OI, a_RI, b_OR, *kept = ctx.saved_tensors
+        u, a_RI, b_OR, *kept = ctx.saved_tensors
+        weight_OI = kept.pop(0) if ctx.matrix is None else None
         (g,) = grad_outputs
         g_TO = g.flatten(0, -2)
         v_TR = torch.mm(g_TO, b_OR.to(g.dtype)).mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx_TI = torch.mm(g_TO, weight_OI)
-            dx = dx_TI.addmm_(v_TR, a_RI.to(g.dtype)).view(*g.shape[:-1], -1)
+            dx_TI = ctx.matrix.inputs(g_TO) if weight_OI is None else torch.mm(g_TO, weight_OI)
+            dx_TI.addmm_(v_TR.to(dx_TI.dtype), a_RI.to(dx_TI.dtype))
+            dx = (dx_TI if ctx.matrix is None else dx_TI.to(g.dtype, copy=True)).view(*g.shape[:-1], -1)
         x = kept[0] if ctx.recipe is None else ctx.recipe.make_again(*kept)
         da_RI = torch.mm(v_TR.t(), x.flatten(0, -2)).to(a_RI.dtype)
         db_OR = torch.mm(g_TO.t(), u.flatten(0, -2)).to(b_OR.dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gemma2.training.head_loss import (
+    Head,
     blocks,
     chunked_head_loss,
     trained_places,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 def linear_cross_entropy(
     hidden_TD: Tensor,
-    embedding_VD: Tensor,
+    embedding_VD: Tensor | Head,
     labels_T: Tensor,
     *,
     cap: float | None,
@@ -44,7 +45,8 @@ def linear_cross_entropy(
 
     Args:
         hidden_TD: (T, D) hidden states after the last norm.
-        embedding_VD: (V, D) tied embedding, which is the head. If it needs no gradient, none is formed.
+        embedding_VD: (V, D) tied embedding, which is the head, or a frozen `Head`. If it needs no gradient, none is
+            formed.
         labels_T: (T,) int64 next tokens; `IGNORE_INDEX` where none is trained on. Such tokens cost nothing.
         cap: the final soft cap, or None.
         compute_dtype: dtype of the matrix products; None for that of `hidden_TD`. Losses are summed in float32

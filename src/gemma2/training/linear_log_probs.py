@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.memory import loss_chunk_tokens
 from gemma2.training.head_loss import (
+    Head,
     add_product,
     blocks,
+    chunk_tokens,
+    in_dtype,
     logit_chunks,
     to_hidden,
     trained_places,
@@ -32,7 +34,7 @@ from gemma2.training.head_loss import (
 
 def linear_log_probs(
     hidden_TD: Tensor,
-    embedding_VD: Tensor,
+    embedding_VD: Tensor | Head,
     labels_T: Tensor,
     *,
     cap: float | None,
@@ -43,7 +45,8 @@ def linear_log_probs(
 
     Args:
         hidden_TD: (T, D) hidden states after the last norm.
-        embedding_VD: (V, D) tied embedding, which is the head. If it needs no gradient, none is formed.
+        embedding_VD: (V, D) tied embedding, which is the head, or a frozen `Head`. If it needs no gradient, none is
+            formed.
         labels_T: (T,) int64 next tokens; `IGNORE_INDEX` where there is none. Such tokens cost nothing.
         cap: the final soft cap, or None.
         compute_dtype: dtype of the matrix products; None for that of `hidden_TD`.
@@ -58,7 +61,7 @@ def linear_log_probs(
         labels_T,
         cap,
         compute_dtype or hidden_TD.dtype,
-        chunk_size or loss_chunk_tokens(embedding_VD.shape[0]),
+        chunk_size or chunk_tokens(embedding_VD),
         torch.is_grad_enabled(),
     )
     return result
@@ -69,7 +72,7 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
-        embedding_VD: Tensor,
+        embedding_VD: Tensor | Head,
         labels_T: Tensor,
         cap: float | None,
         compute_dtype: torch.dtype,
@@ -80,13 +83,14 @@ class _LinearLogProbs(torch.autograd.Function):
         log_probs_T = torch.zeros(labels_T.shape, dtype=wide_dtype(hidden_TD.dtype), device=hidden_TD.device)
         # Row t holds d log p(t) / d hidden(t).
         hidden_slopes_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
-        embedding = embedding_VD.to(compute_dtype)
+        embedding = in_dtype(embedding_VD, compute_dtype)
         places_N = trained_places(labels_T)
         for places_C, _, logits_CV in logit_chunks(hidden_TD, embedding, places_N, chunk_size):
             log_probs_T[places_C] = _chunk_log_probs(logits_CV, labels_T[places_C], cap, None, needs_hidden)
             if hidden_slopes_TD is not None:
                 hidden_slopes_TD[places_C] = to_hidden(logits_CV, embedding).to(hidden_TD.dtype)
         if needs_embedding:
+            assert isinstance(embedding_VD, Tensor)
             ctx.save_for_backward(hidden_slopes_TD, labels_T, hidden_TD, embedding_VD)
         else:
             ctx.save_for_backward(hidden_slopes_TD, labels_T)

@@ -12,6 +12,7 @@ from gemma2.data import PackedBatch
 from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.distributed.tensor_parallel import own_rows
 from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.training.head_loss import head_of
 from gemma2.training.linear_cross_entropy import linear_cross_entropy
 
 
@@ -104,7 +105,8 @@ def next_token_objective(*, compute_dtype: torch.dtype, compiled: bool) -> Objec
     """
 
     def objective(model: Gemma2ForCausalLM, batch: Batch) -> Tensor:
-        rows_VD, part = own_rows(model.lm_head.weight)
+        head = head_of(model)
+        rows_VD, part = own_rows(model.lm_head.weight) if head is None else (head, None)
         return linear_cross_entropy(
             last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
             rows_VD,

@@ -9,7 +9,7 @@ rows are words, and norms are left to AdamW.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     return MuonAndAdamW(muon, adamw)
 
 
-def _adamw(parameters: list[Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
+def _adamw(parameters: Sequence[Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

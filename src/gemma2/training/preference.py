@@ -31,7 +31,7 @@ from gemma2.data import PackedBatch
 from gemma2.distributed.tensor_parallel import all_rows
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.model.modeling import Gemma2ForCausalLM
-from gemma2.training.head_loss import IGNORE_INDEX
+from gemma2.training.head_loss import IGNORE_INDEX, head_of
 from gemma2.training.linear_log_probs import linear_log_probs
 from gemma2.training.objectives import Batch, MetricSums, Objective, last_hidden_states
 
@@ -114,7 +114,7 @@ def segment_log_probs(model: Gemma2ForCausalLM, batch: Batch, *, compute_dtype: 
     """
     log_probs_T = linear_log_probs(
         last_hidden_states(model, batch, compute_dtype).flatten(0, 1),
-        all_rows(model.lm_head.weight),
+        head_of(model) or all_rows(model.lm_head.weight),
         batch.labels.flatten(),
         cap=model.config.final_logit_softcapping,
         compute_dtype=compute_dtype,

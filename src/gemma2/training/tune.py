@@ -32,11 +32,12 @@ from gemma2.training.adapters import adapter_first_values, adapters_disabled, ad
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import CountUnits, MetricSums, Objective, count_labels, next_token_objective
 from gemma2.training.optimizer import check_optimizer
+from gemma2.training.packed_base import load_packed
 from gemma2.training.preference import count_pairs, model_reference, preference_objective
 from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
 from gemma2.training.shared_model import load_shared, save_model
-from gemma2.training.tune_settings import ExampleDataSettings, TuneSettings
+from gemma2.training.tune_settings import ENGINE_FORMATS, ExampleDataSettings, TuneSettings
 
 DEFAULT_SEQUENCE_LENGTH: Final = 1024
 
@@ -81,6 +82,11 @@ def check_settings(
     device = ranks.device or choose_device(run.device, setting="run.device")
     ranks.check_batch(run.batch_size, run.micro_batch_size)
     check_optimizer(settings.optimizer, ranks.world_size)
+    if settings.model.quantization in ENGINE_FORMATS and device.type != "cpu":
+        raise ConfigError(
+            f"model.quantization is {settings.model.quantization}, whose kernels are for the CPU, but run.device is "
+            f"{device}; set run.device to cpu, or model.quantization to nf4"
+        )
     checkpoint = open_checkpoint(base_folder)
     _check_parallel(settings, checkpoint, ranks)
     longest = checkpoint.config.max_position_embeddings
@@ -325,8 +331,11 @@ def _load(settings: TuneSettings, plan: TunePlan) -> Gemma2ForCausalLM:
     """The model to train: float32 weights if they are trained, else in the dtype of the products, or quantized."""
     if settings.adapter is None:
         return load_model(plan.checkpoint, dtype="float32", device=plan.device)
+    kind = settings.model.quantization
+    if kind in ENGINE_FORMATS:
+        return load_packed(plan.checkpoint, kind, dtype=DTYPES[settings.run.dtype], num_threads=torch.get_num_threads())
     replace = None
-    if settings.model.quantization != "none":
+    if kind != "none":
         replace = partial(quantized_linear, settings.model.quantization, settings.run.dtype)
     return load_model(plan.checkpoint, dtype=settings.run.dtype, device=plan.device, replace_linear=replace)
 

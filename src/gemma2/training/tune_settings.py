@@ -14,6 +14,8 @@ from gemma2.training.settings import LoopSettings, OptimizerSettings, ParallelSe
 from gemma2.training.settings_file import Section, read_settings
 
 ALL_LINEAR: Final = "all-linear"
+ENGINE_FORMATS: Final = ("q8", "q4")
+"""Quantizations whose products run on the CPU engine."""
 
 
 class BaseModelSettings(Section):
@@ -21,8 +23,9 @@ class BaseModelSettings(Section):
 
     name: str = "bundled"
     """A folder, a name on the Hugging Face Hub that was pulled, or "bundled"."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """Of the frozen matrices below an adapter: nf4 is QLoRA."""
+    quantization: Literal["none", "nf4", "int8", "q8", "q4"] = "none"
+    """Of the frozen matrices below an adapter. nf4 (QLoRA) and int8 are bitsandbytes', on CPU and GPU. q8 and q4 are
+    the CPU engine's: its 8-bit kernels compute forward and backward, on the numbers that it runs in this format."""
 
 
 class AdapterSettings(Section):
@@ -159,6 +162,11 @@ class TuneSettings(Section):
             raise ValueError(
                 f"adapter.init_lora_weights: {init} changes the frozen weights, which {self.model.quantization} would "
                 "round once more; leave model.quantization out"
+            )
+        if self.adapter is not None and self.adapter.use_dora and self.model.quantization in ENGINE_FORMATS:
+            raise ValueError(
+                f"adapter.use_dora reads the frozen matrices, which {self.model.quantization} keeps for products only; "
+                "set model.quantization to nf4 or none, or leave use_dora out"
             )
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(self.run, name) and not self.data.validation:
