@@ -42,12 +42,10 @@ def run_ours(
     from gemma2.training.activation_checkpointing import checkpoint_layers
     from gemma2.training.adapters import add_adapter
     from gemma2.training.lean_lora import use_lean_lora
-    from gemma2.training.memory_use import return_large_tensors
     from gemma2.training.objectives import Batch, next_token_objective
     from gemma2.training.packed_base import load_packed
     from gemma2.training.tune_settings import AdapterSettings
 
-    return_large_tensors()
     checkpoint = open_checkpoint(folder)
     if quantization == "none":
         model = load_model(checkpoint, dtype="bfloat16")

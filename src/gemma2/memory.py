@@ -250,7 +250,7 @@ class TrainingMemory:
 
 
 def full_training(
-    config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool, grid: ProcessGrid = _ONE_PROCESS
+    config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool | int, grid: ProcessGrid = _ONE_PROCESS
 ) -> TrainingMemory:
     """Training of every weight with AdamW in mixed precision: 16 bytes a parameter, and what a batch adds.
 
@@ -264,7 +264,7 @@ def full_training(
         config: the architecture.
         batch_size: B, sequences that go through a process at once (not those that gradients are accumulated over).
         length: L, tokens of each.
-        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        checkpointing: how many layers keep only their input and are computed again in the backward pass; True for all.
         grid: the processes that share the work.
     """
     count = config.count_parameters().total
@@ -305,7 +305,7 @@ def adapter_training(
     on_engine: bool = False,
     batch_size: int,
     length: int,
-    checkpointing: bool,
+    checkpointing: bool | int,
     grid: ProcessGrid = _ONE_PROCESS,
 ) -> TrainingMemory:
     """Training of LoRA adapters on frozen weights, or of QLoRA if those are quantized.
@@ -323,7 +323,7 @@ def adapter_training(
         on_engine: whether the CPU engine multiplies them, which has them once more in q8, by columns.
         batch_size: B, sequences that go through at once.
         length: L, tokens of each.
-        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        checkpointing: how many layers keep only their input and are computed again in the backward pass; True for all.
         grid: the processes that share the work.
 
     Raises:
@@ -346,8 +346,8 @@ def adapter_training(
     activations = activation_bytes(
         config, batch_size=batch_size, length=length, checkpointing=checkpointing, frozen=True, tensor=grid.tensor
     )
-    num_layers = 1 if checkpointing else config.num_hidden_layers
-    activations += 2 * rank * len(modules) * num_layers * batch_size * length
+    num_kept = _layers_kept(config, checkpointing)[0]
+    activations += 2 * rank * len(modules) * num_kept * batch_size * length
     return TrainingMemory(
         weights=weights,
         master_weights=4 * count,
@@ -384,7 +384,7 @@ def activation_bytes(
     *,
     batch_size: int,
     length: int,
-    checkpointing: bool,
+    checkpointing: bool | int,
     frozen: bool = False,
     tensor: int = 1,
 ) -> int:
@@ -407,18 +407,25 @@ def activation_bytes(
         config: the architecture.
         batch_size: B, sequences that go through at once.
         length: L, tokens of each.
-        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        checkpointing: how many layers keep only their input and are computed again in the backward pass; True for all.
         frozen: whether what is trained are adapters.
         tensor: how many processes share each matrix product.
     """
     layer = kept_layer_bytes(config, frozen=frozen, tensor=tensor)
-    layers = config.num_hidden_layers
-    per_token = layer + 2 * config.hidden_size * layers if checkpointing else layer * layers
+    num_kept, num_checkpointed = _layers_kept(config, checkpointing)
+    per_token = layer * num_kept + 2 * config.hidden_size * num_checkpointed
     # The last norm's input, its output (kept by the loss) and the gradient that the loss forms for it.
     per_token += 6 * config.hidden_size
     scores = 18 * config.num_attention_heads * min(length, QUERY_BLOCK) * length
     mlp = 4 * 2 * config.intermediate_size * length
     return batch_size * (length * per_token + max(scores, mlp) // tensor)
+
+
+def _layers_kept(config: Gemma2Config, checkpointing: bool | int) -> tuple[int, int]:
+    """Of how many layers all is there at once, the one that is computed again among them; how many keep their input."""
+    layers = config.num_hidden_layers
+    checkpointed = layers if checkpointing is True else min(int(checkpointing), layers)
+    return layers - checkpointed + (checkpointed > 0), checkpointed
 
 
 def kept_layer_bytes(config: Gemma2Config, *, frozen: bool, tensor: int = 1) -> int:

@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb."""
     require_libraries("torch", "pydantic", "yaml", "matplotlib")
+    from gemma2.runtime import share_cores_with_torch
     from gemma2.training.distill_settings import load_distill_settings
 
     with one_voice():
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         if len(args.words) > 1 and not writes_cache:
             raise ConfigError(f"one file of settings is needed, or cache and one, but {' '.join(args.words)!r} came")
         settings = load_distill_settings(Path(args.words[-1]), args.set)
+        if settings.teacher.backend == "cpu":
+            share_cores_with_torch()
         if writes_cache and settings.teacher.cache is None:
             raise ConfigError(f"{args.words[-1]}: teacher.cache must name the folder to write")
         with training_ranks(settings.parallel, settings.run) as ranks:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gemma2.errors import ConfigError
 from gemma2.model.modeling import Gemma2ForCausalLM
 
 
-def checkpoint_layers(model: Gemma2ForCausalLM, num_layers: int | None = None) -> None:
+def checkpoint_layers(model: Gemma2ForCausalLM, num_layers: int | bool = True) -> None:
     """Lets layers keep only their input in training. Names of modules and parameters stay as they are.
 
     A layer's forward pass then runs twice, which is a third more arithmetic where weights are trained and half more
@@ -22,15 +23,19 @@ def checkpoint_layers(model: Gemma2ForCausalLM, num_layers: int | None = None) -
 
     Args:
         model: changed in place. Without gradients it runs as before.
-        num_layers: how many layers, from the first; None for all.
+        num_layers: how many layers, from the first; True for all.
 
     Raises:
-        ValueError: the model has not so many layers, or layers already keep only their input.
+        ConfigError: the model has not so many layers.
+        ValueError: layers already keep only their input.
     """
     layers = list(model.model.layers)
-    count = len(layers) if num_layers is None else num_layers
+    count = len(layers) if num_layers is True else int(num_layers)
     if not 0 <= count <= len(layers):
-        raise ValueError(f"num_layers must be from 0 to {len(layers)}, the layers of the model, but is {num_layers}")
+        raise ConfigError(
+            f"gradient_checkpointing must be true, false, or a number of layers from 0 to {len(layers)}, the layers of "
+            f"the model, but is {num_layers}"
+        )
     for layer in layers[:count]:
         if "forward" in vars(layer):
             raise ValueError("checkpoint_layers was called for this model before; call it once")

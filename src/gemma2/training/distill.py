@@ -266,8 +266,7 @@ def _distill(
         student = _student(settings, plan)
         if settings.adapter is not None:
             add_adapter(student, settings.adapter, seed=run.seed)
-        if run.gradient_checkpointing:
-            checkpoint_layers(student)
+        checkpoint_layers(student, run.gradient_checkpointing)
     first_values = None if settings.adapter is None else adapter_first_values(student)
     teacher_size, size = plan.teacher.config.count_parameters().total, plan.config.count_parameters().total
     source = f"cached in {settings.teacher.cache}" if plan.cache is not None else settings.teacher.backend

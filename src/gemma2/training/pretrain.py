@@ -152,8 +152,7 @@ def _pretrain(
     if ranks.world_size == 1:
         model = Gemma2ForCausalLM(config, device="meta").to_empty(device=device)
         model.initialize(generator)
-        if run.gradient_checkpointing:
-            checkpoint_layers(model)
+        checkpoint_layers(model, run.gradient_checkpointing)
     else:
         gathered = new_shared(
             config,

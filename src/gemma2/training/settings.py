@@ -73,8 +73,9 @@ class LoopSettings(Section):
     """Rows of one forward pass of one process; gradients are summed up. Left out: all of a process's rows at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Weights that are trained and the optimizer are float32 in any case."""
-    gradient_checkpointing: bool = False
-    """Whether each layer keeps only its input and is computed again in the backward pass: less memory, more time."""
+    gradient_checkpointing: bool | Annotated[int, Field(ge=0)] = False
+    """Whether layers keep only their input and are computed again in the backward pass: less memory, more time. A number
+    is of how many layers."""
     compile: bool = False
     """Whether torch.compile fuses the loss over the vocabulary; needs a C++ compiler on the CPU."""
     device: str = "auto"

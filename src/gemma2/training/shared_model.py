@@ -23,7 +23,11 @@ from gemma2.training.tune_settings import AdapterSettings
 
 
 def share_model(
-    model: Gemma2ForCausalLM, ranks: Ranks, *, gather_dtype: torch.dtype | None = None, checkpointing: bool = False
+    model: Gemma2ForCausalLM,
+    ranks: Ranks,
+    *,
+    gather_dtype: torch.dtype | None = None,
+    checkpointing: bool | int = False,
 ) -> GatheredModel:
     """Cuts a model among processes and gives each the memory of its part.
 
@@ -31,7 +35,7 @@ def share_model(
         model: all of it on "meta", with adapters if it is to have any; changed in place.
         ranks: the processes, more than one.
         gather_dtype: see `share_weights`.
-        checkpointing: whether each layer keeps only its input and is computed again in the backward pass.
+        checkpointing: see `checkpoint_layers`.
 
     Returns:
         What the model must be run through. Its values are still to be filled in (see `distributed.placement`).
@@ -40,8 +44,7 @@ def share_model(
         ConfigError: the model cannot be cut so.
     """
     split_products(model, ranks)
-    if checkpointing:
-        checkpoint_layers(model)
+    checkpoint_layers(model, checkpointing)
     gathered = share_weights(model, ranks, gather_dtype=gather_dtype)
     assert ranks.device is not None
     gathered.to_empty(device=ranks.device)
@@ -54,7 +57,7 @@ def new_shared(
     *,
     generator: torch.Generator,
     gather_dtype: torch.dtype | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
 ) -> GatheredModel:
     """A new model in float32, with the first values that one process would draw.
 
@@ -82,7 +85,7 @@ def load_shared(
     adapter: AdapterSettings | None = None,
     seed: int = 0,
     gather_dtype: torch.dtype | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
 ) -> GatheredModel:
     """Opens a model so that every process reads its part of each tensor, and no more.
 

@@ -190,8 +190,7 @@ def _tune(
         objective, count_units, metrics = _objective(settings, plan, model, ranks)
         if settings.adapter is not None:
             add_adapter(model, settings.adapter, seed=run.seed)
-        if run.gradient_checkpointing:
-            checkpoint_layers(model)
+        checkpoint_layers(model, run.gradient_checkpointing)
     first_values = None if settings.adapter is None else adapter_first_values(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = plan.checkpoint.config.count_parameters().total
