@@ -79,9 +79,10 @@ def main() -> None:
     for kind in ("hidden", "divergence"):
         command = [sys.executable, __file__, *sys.argv[1:], "--one", kind]
         peaks[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    loss = peaks["divergence"] - peaks["hidden"]
     print(
         f"1 x {arguments.length} tokens, 256,000 words, {'every weight' if arguments.full else 'an adapter'} trained: "
-        f"peak {peaks['divergence'] / 1e9:.2f} GB, {(peaks['divergence'] - peaks['hidden']) / 1e9:.2f} GB of it the loss"
+        f"peak {peaks['divergence'] / 1e9:.2f} GB, {loss / 1e9:.2f} GB of it the loss"
     )
 
 

@@ -74,8 +74,8 @@ class LoopSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Weights that are trained and the optimizer are float32 in any case."""
     gradient_checkpointing: bool | Annotated[int, Field(ge=0)] = False
-    """Whether layers keep only their input and are computed again in the backward pass: less memory, more time. A number
-    is of how many layers."""
+    """Whether layers keep only their input and are computed again in the backward pass: less memory, more time. A
+    number says how many layers."""
     compile: bool = False
     """Whether torch.compile fuses the loss over the vocabulary; needs a C++ compiler on the CPU."""
     device: str = "auto"
