@@ -87,9 +87,11 @@ def flagged(flag: bool, message: dict[str, str]) -> dict[str, Any]:
         ("last_answer", ["c<end_of_turn>", "d<end_of_turn>", "f<end_of_turn>"]),
         (
             "all",
-            ["<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n"]
-            + ["\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\nd<end_of_turn>\n<start_of_turn>user\n"]
-            + ["\n<start_of_turn>model\nf<end_of_turn>"],
+            [
+                "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n",
+                "\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\nd<end_of_turn>\n<start_of_turn>user\n",
+                "\n<start_of_turn>model\nf<end_of_turn>",
+            ],
         ),
     ],
 )
