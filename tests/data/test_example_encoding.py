@@ -76,6 +76,46 @@ def test_answers_of_a_given_beginning_are_not_trained(tokenizer: Tokenizer) -> N
         assert [span.text for span in found if span.is_trained] == [f"{text}<end_of_turn>" for text in expected]
 
 
+def flagged(flag: bool, message: dict[str, str]) -> dict[str, Any]:
+    return {**message, "train": flag}
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [
+        ("answers", ["c<end_of_turn>", "d<end_of_turn>", "f<end_of_turn>"]),
+        ("last_answer", ["c<end_of_turn>", "d<end_of_turn>", "f<end_of_turn>"]),
+        (
+            "all",
+            [
+                "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n",
+                "\n<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\nd<end_of_turn>\n<start_of_turn>user\n",
+                "\n<start_of_turn>model\nf<end_of_turn>",
+            ],
+        ),
+    ],
+)
+def test_messages_know_better_what_is_trained(tokenizer: Tokenizer, train_on: Any, expected: list[str]) -> None:
+    messages = [user("a"), flagged(False, model("b")), flagged(True, user("c")), flagged(True, model("d"))]
+    example = chat(*messages, flagged(False, user("e")), model("f"))
+    found = spans(tokenizer, example, train_on=train_on)
+    assert [span.text for span in found if span.is_trained] == expected
+
+
+@pytest.mark.parametrize(
+    ("of_system", "of_user", "is_trained"), [(1, 1, 1), (1, 0, 0), (0, 1, 0), (None, 1, 1), (1, None, 1), (0, None, 0)]
+)
+def test_a_system_message_and_the_first_turn_are_trained_together(
+    tokenizer: Tokenizer, of_system: int | None, of_user: int | None, is_trained: int
+) -> None:
+    messages = [
+        message if flag is None else flagged(bool(flag), message)
+        for flag, message in ((of_system, {"role": "system", "content": "S"}), (of_user, user("a")))
+    ]
+    found = spans(tokenizer, chat(*messages, model("b")))
+    assert [span.text for span in found if span.is_trained] == ["S\n\na<end_of_turn>"] * is_trained + ["b<end_of_turn>"]
+
+
 def test_a_prompt_and_its_completion_are_turns_by_default(tokenizer: Tokenizer) -> None:
     answered = PromptCompletion(prompt=QUESTION, completion=ANSWER)
     for train_on in ("answers", "last_answer", "all"):

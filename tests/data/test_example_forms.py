@@ -94,6 +94,25 @@ def test_content_in_parts() -> None:
     assert read({"messages": [user(parts), model("8")]}) == read({"messages": [user("How many legs?"), model("8")]})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"train": True}, {"train": True}),
+        ({"train": 0, "weight": None}, {"train": False}),
+        ({"train": None, "weight": 0}, {"train": False}),
+        ({"weight": 0.0}, {"train": False}),
+        ({"weight": False, "train": False}, {"train": False}),
+        ({"weight": 1}, {}),  # as it is without
+        ({"weight": 1, "train": False}, {"train": False}),
+        ({"weight": 1.0, "train": 1}, {"train": True}),
+    ],
+)
+def test_messages_say_whether_they_are_trained(flags: dict[str, Any], expected: dict[str, bool]) -> None:
+    told = Conversation(messages=(user("a"), {**model("b"), **expected}))
+    assert read({"messages": [user("a"), {**model("b"), **flags}]}) == told
+    assert read({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **flags}]}) == told
+
+
 def test_prompts_and_completions_of_messages() -> None:
     prompt = [system("S"), user("a"), {"role": "assistant", "content": "b"}, user("c")]
     expected = Conversation(messages=(system("S"), user("a"), model("b"), user("c"), model("d")), num_given=4)
@@ -156,6 +175,14 @@ def test_a_pair_with_a_long_common_beginning_and_long_answers() -> None:
     assert isinstance(found.chosen, Conversation) and isinstance(found.rejected, Conversation)
     assert (found.chosen.num_given, found.rejected.num_given) == (4, 4)
     assert [message["content"] for message in found.chosen.messages[4:]] == ["d", "e", "f"]
+
+
+def test_flags_do_not_part_a_pair() -> None:
+    chosen, rejected = [{**user("a"), "train": False}, model("yes")], [user("a"), model("no")]
+    for prompt in ({}, {"prompt": [user("a")]}):
+        found = read({**prompt, "chosen": chosen, "rejected": rejected})
+        assert isinstance(found, PreferencePair) and isinstance(found.chosen, Conversation)
+        assert found.chosen.num_given == 1
 
 
 def test_columns_with_other_names() -> None:
@@ -332,6 +359,25 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
         {"conversations": [{"from": "human", "value": ""}]},
         "empty turn",
         "'conversations', message 0: the turn of 'human' is empty",
+    ),
+    "a flag that is a text": (
+        "messages",
+        {"messages": [user("a"), {**model("b"), "train": "false"}]},
+        "wrong flag",
+        "'messages', message 1: 'train' must be true, false, 1 or 0, but is 'false'",
+    ),
+    "a weight between": (
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "a", "weight": 0.5}]},
+        "wrong flag",
+        "'conversations', message 0: 'weight' must be true, false, 1 or 0, but is 0.5",
+    ),
+    "a weight above": ("messages", {"messages": [{**user("a"), "weight": 2}]}, "wrong flag", "but is 2"),
+    "flags that say both": (
+        "messages",
+        {"messages": [{**user("a"), "train": True, "weight": 0}]},
+        "wrong flag",
+        "message 0: 'train' says yes, but 'weight' no",
     ),
     "no answer": (
         "messages",

@@ -67,6 +67,22 @@ def test_sources_of_several_forms(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert trained_text(tokenizer, found.encoded(6)) == "Once<eos>"
 
 
+def test_flags_of_messages_are_heard_in_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def turns(*flags: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"from": ("human", "gpt")[i % 2], "value": str(i), **flag} for i, flag in enumerate(flags)]
+
+    wanted = [{"conversations": turns({"weight": 1}, {"weight": 0}, {"weight": None}, {"weight": 1})}]
+    found = tokenize(write_records(tmp_path / "a.jsonl", wanted), tokenizer)
+    assert trained_text(tokenizer, found.encoded(0)) == "3<end_of_turn>"
+    bad = write_records(tmp_path / "b.jsonl", [*wanted, {"conversations": turns({}, {"train": "no"})}])
+    with pytest.raises(ExampleError, match=r"b.jsonl, line 2: 'conversations', message 1: 'train' must be true, false"):
+        tokenize(bad, tokenizer)
+    nothing = write_records(tmp_path / "c.jsonl", [{"conversations": turns({}, {"train": False})}, *wanted])
+    with pytest.raises(ExampleError, match=r"c.jsonl, line 1: nothing is trained, as 'train' or 'weight' of its mess"):
+        tokenize(nothing, tokenizer)
+    assert tokenize(nothing, tokenizer, on_error="skip").skipped.counts == {"no answer": 1}
+
+
 def test_tokens_are_kept_as_they_were_encoded_at_four_bytes_each(tmp_path: Path, tokenizer: Tokenizer) -> None:
     chats = random_chats(seed=3, count=40, longest=60)
     found = tokenize(write_records(tmp_path / "x.jsonl", chats), tokenizer, sequence_length=4096)

@@ -19,6 +19,7 @@ import pytest
 from gemma2.api import BUNDLED_FOLDER, LLM, load
 from gemma2.cli.main import EXIT_FAILED, main
 from gemma2.errors import ChatFormatError, ConfigError, ContextLengthError, SamplingError
+from gemma2.generation import ContinuationScore
 
 lm_eval_stand_in.put_in_place()
 from gemma2.cli.lm_eval_model import Gemma2LM  # noqa: E402
@@ -128,6 +129,34 @@ def test_rolling(llm: LLM) -> None:
     short = sum(logprobs_of(llm, llm.tokenizer.encode("Short.")))
     found = model.loglikelihood_rolling(requests((text,), ("",), ("Short.",)), disable_tqdm=True)
     assert found == pytest.approx([expected, 0.0, short], abs=1e-4)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("max_length", [2, 7, 10])
+def test_rolling_has_lm_evals_windows(llm: LLM, max_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is scored once, where lm-eval's own model scores it, from as many tokens, the first of them <bos>."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    tasks: list[Any] = []
+
+    def score_continuations(asked: Any) -> Any:
+        for task in asked:
+            tasks.append(task)
+            yield (ContinuationScore(logprobs=np.zeros(1, dtype=np.float32), is_greedy=False),)
+
+    monkeypatch.setattr(llm.engine, "score_continuations", score_continuations)
+    model = HarnessModel(llm, max_length=max_length)
+    whole = llm.tokenizer.encode("It was a dark night, and the old man looked at her and said that he would go home.")
+    for num_tokens in range(len(whole)):
+        text = llm.tokenizer.decode(whole[: num_tokens + 1])
+        ids = llm.tokenizer.encode(text, add_bos=False)
+        tasks.clear()
+        model.loglikelihood_rolling(requests((text,)), disable_tqdm=True)
+        found = [(task.context.tolist(), task.continuations[0].tolist()) for task in tasks]
+        windows = map(make_disjoint_window, get_rolling_token_windows(ids, 2, max_length, context_len=1))
+        # Their later windows begin with the token before; Gemma reads nothing well that does not begin with <bos>.
+        assert found == [([2, *context[1:]], scored) for context, scored in windows]
+        assert [token for _, scored in found for token in scored] == ids
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------

@@ -79,15 +79,18 @@ def test_control_tokens_that_a_user_typed_stay_text(tokenizer: Tokenizer, attack
         assert attack in tokenizer.decode(ids)
 
 
-def test_segments_mark_what_the_model_wrote(tokenizer: Tokenizer) -> None:
+def test_segments_mark_what_each_side_says(tokenizer: Tokenizer) -> None:
     messages = [user("a"), model("b c"), user("d"), model("e")]
     segments = encode_chat_segments(tokenizer, messages)
     joined = [token_id for segment in segments for token_id in segment.ids]
     assert joined == encode_chat(tokenizer, messages, add_generation_prompt=False)
-    answers = [segment.ids for segment in segments if segment.is_answer]
+    said = [segment for segment in segments if segment.turn is not None]
     # <end_of_turn> is the model's too: left out of the loss, a tuned model never stops. The newline after it is not.
-    assert answers == [(*tokenizer.encode(text, add_bos=False), 107) for text in ("b c", "e")]
-    assert [segment.is_answer for segment in segments] == [False, True, False, True, False]
+    assert [segment.ids for segment in said] == [
+        (*tokenizer.encode(text, add_bos=False), 107) for text in ("a", "b c", "d", "e")
+    ]
+    assert [segment.turn for segment in segments] == [None, 0, None, 1, None, 2, None, 3, None]
+    assert [segment.is_answer for segment in said] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from gemma2.data.examples import Conversation, PlainText, PreferencePair, PromptCompletion, SingleExample, in_turns
 from gemma2.errors import ChatFormatError
-from gemma2.text.chat import encode_chat_segments
+from gemma2.text.chat import Message, encode_chat_segments
 from gemma2.text.detokenizer import StreamDetokenizer
 from gemma2.text.tokenizer import Tokenizer
 
@@ -86,6 +86,7 @@ def encode_example(
             it. Conversations need "chat", and to a text it is all the same.
         train_on: "answers" is what the model says; in a conversation with a given beginning, what it says after that.
             "last_answer" is its last turn. "all" is every token but the first and a conversation's last newline.
+            Messages that say themselves whether they are trained know better.
         strict_system: whether to refuse a system message, which otherwise goes before the first user's text.
 
     Raises:
@@ -156,14 +157,26 @@ def _encode_conversation(
     tokenizer: Tokenizer, conversation: Conversation, train_on: TrainOn, strict_system: bool
 ) -> EncodedExample:
     segments = encode_chat_segments(tokenizer, conversation.messages, strict_system=strict_system)
-    answers = [index for index, segment in enumerate(segments) if segment.is_answer]
+    answers = [segment.turn for segment in segments if segment.is_answer]
     given = conversation.messages[: conversation.num_given]
     answers = answers[sum(message["role"] == "model" for message in given) :]
-    trained = set(answers[-1:] if train_on == "last_answer" else answers)
-    encoded = _join([(segment.ids, train_on == "all" or index in trained) for index, segment in enumerate(segments)])
+    chosen = set(answers[-1:] if train_on == "last_answer" else answers)
+    flags = _flags_of_turns(conversation.messages)
+    encoded = _join([(s.ids, flags.get(s.turn, train_on == "all" or s.turn in chosen)) for s in segments])
     if train_on == "all":
         encoded.trained[[0, -1]] = False
     return encoded
+
+
+def _flags_of_turns(messages: Sequence[Message]) -> dict[int | None, bool]:
+    """Which turns say themselves whether they are trained. With a system message, a turn has the flags of both."""
+    num_system = sum(message["role"] == "system" for message in messages)
+    flags: dict[int | None, bool] = {}
+    for index, message in enumerate(messages):
+        if "train" in message:
+            turn = max(0, index - num_system)
+            flags[turn] = flags.get(turn, True) and message["train"]
+    return flags
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

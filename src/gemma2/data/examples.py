@@ -12,7 +12,7 @@ class Conversation:
     """Turns of a user and the model, with at least one answer to learn from."""
 
     messages: tuple[Message, ...]
-    """{"role": "system", "user" or "model", "content": a text} each."""
+    """{"role": "system", "user" or "model", "content": a text} each; with "train": True or False where it says so."""
     num_given: int = 0
     """How many of the first messages are a prompt, whose answers are not learned."""
 

@@ -1,6 +1,7 @@
 """A record's fields, under the names that forms have for them, with an error for each that is not as it must be.
 
 Messages are read in the two spellings that are in use, {"role", "content"} and {"from", "value"}, and come out in one.
+Either may say whether its turn is trained: "train" outranks the settings, and "weight" is a factor of the loss, 0 or 1.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Fields:
         The order of the roles is not checked, which the chat format does.
 
         Raises:
-            ExampleError: it is not there or no such list, or a message is blank, has another role, or no text.
+            ExampleError: it is not there or no such list, or a message is blank, has another role, no text, or a flag
+                that is neither yes nor no.
         """
         value = self.value(name)
         if not isinstance(value, list | tuple):
@@ -133,7 +135,23 @@ class Fields:
         text = self._content(content, where)
         if _ROLES[role] != "system" and not text.strip():
             raise self.record.error("empty turn", f"{where}: the turn of {role!r} is empty")
-        return {"role": _ROLES[role], "content": text}
+        flag = self._flag(message, where)
+        return {"role": _ROLES[role], "content": text} | ({} if flag is None else {"train": flag})
+
+    def _flag(self, message: Mapping[str, Any], where: str) -> bool | None:
+        """Whether a message's turn is trained; None where the settings decide, as they do with a weight of 1."""
+        flags: dict[str, bool | None] = {}
+        for name in ("train", "weight"):
+            value = message.get(name)
+            # A table may hold them as floats. Anything else, such as "no", might be meant the other way round.
+            if value is not None and not (isinstance(value, int | float) and value in (0, 1)):
+                raise self.record.error(
+                    "wrong flag", f"{where}: {name!r} must be true, false, 1 or 0, but is {value!r:.40}"
+                )
+            flags[name] = None if value is None else bool(value)
+        if flags["train"] and flags["weight"] is False:
+            raise self.record.error("wrong flag", f"{where}: 'train' says yes, but 'weight' no; leave one of them out")
+        return False if flags["weight"] is False else flags["train"]
 
     def _content(self, content: object, where: str) -> str:
         """The text of a message; also of a list of parts {"type": "text", "text": …}."""

@@ -188,7 +188,7 @@ def _parted(fields: Fields) -> PreferencePair:
     chosen, rejected = fields.messages("chosen"), fields.messages("rejected")
     num_common = 0
     for ours, theirs in zip(chosen, rejected, strict=False):
-        if ours["role"] != theirs["role"] or ours["content"].strip() != theirs["content"].strip():
+        if not _is_same(ours, theirs):
             break
         num_common += 1
     if not num_common:
@@ -207,13 +207,17 @@ def _parted(fields: Fields) -> PreferencePair:
     )
 
 
+def _is_same(ours: Message, theirs: Message) -> bool:
+    return bool(ours["role"] == theirs["role"] and ours["content"].strip() == theirs["content"].strip())
+
+
 def _check_prompt(fields: Fields, pair: PreferencePair) -> None:
     """Where conversations repeat a prompt that also has its own column, checks that it is the same."""
     assert isinstance(pair.chosen, Conversation)
     beginning = [message for message in pair.chosen.messages[: pair.chosen.num_given] if message["role"] != "system"]
     if fields.is_messages("prompt"):
         prompt = [message for message in fields.messages("prompt") if message["role"] != "system"]
-        same = prompt == beginning
+        same = len(prompt) == len(beginning) and all(map(_is_same, prompt, beginning))
     else:
         text = fields.text("prompt").strip()
         same = any(message["content"].strip() == text for message in beginning)
@@ -246,7 +250,7 @@ def _with_system(system: tuple[Message, ...], answered: PromptCompletion) -> Con
 def _conversation(
     fields: Fields, system: tuple[Message, ...], messages: tuple[Message, ...], *, num_given: int = 0
 ) -> Conversation:
-    if not any(message["role"] == "model" for message in messages[num_given:]):
+    if not any(message["role"] == "model" or message.get("train") for message in messages[num_given:]):
         raise fields.record.error("no answer", "the model says nothing, so that there is nothing to learn")
     return Conversation(messages=(*system, *messages), num_given=len(system) + num_given if num_given else 0)
 

@@ -17,6 +17,7 @@ Reason = Literal[
     "not text",
     "not messages",
     "wrong roles",
+    "wrong flag",
     "empty turn",
     "no answer",
     "no preference",

@@ -203,6 +203,8 @@ class _Reading:
         sequences = self._encode(record, example)
         length = self._settings["sequence_length"]
         places = [sequence.num_places for sequence in sequences]
+        if not all(places):
+            raise record.error("no answer", "nothing is trained, as 'train' or 'weight' of its messages say")
         room = _share_room(places, length)
         if room != places and self._settings["too_long"] != "truncate":
             needs = " and ".join(f"{needed:,}" for needed in places)

@@ -106,9 +106,10 @@ class HarnessModel(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores whole texts, of any length.
 
-        As lm-eval defines it, a text that is longer than the context is scored in parts as long as the context, each
-        read without those before; only the last, shorter part is read with as much text before it as there is room for.
-        (`gemma2 eval` gives all tokens more context.)
+        As lm-eval defines it (lm_eval.utils.get_rolling_token_windows), a text that is longer than the context is
+        scored in parts as long as the context, each read without those before; only the last, shorter part is read with
+        as much text before it as there is room for. Where lm-eval's own model begins a later part with the token
+        before it, this one begins it with <bos>. (`gemma2 eval` gives all tokens more context.)
 
         Args:
             requests: their `args` are (text,).

@@ -34,8 +34,13 @@ class ChatSegment:
     """A part of a conversation's token ids."""
 
     ids: tuple[int, ...]
-    is_answer: bool
-    """Whether the model wrote these: an answer's text and its <end_of_turn>, which fine-tuning must train on too."""
+    turn: int | None
+    """Whose these are, if they are a turn's text and its <end_of_turn>: 0 for the first user's. None for all else."""
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether the model says these. The <end_of_turn> is among them: fine-tuning must train on it too."""
+        return self.turn is not None and self.turn % 2 == 1
 
 
 def encode_chat(
@@ -70,28 +75,23 @@ def encode_chat_segments(
     strict_system: bool = False,
     add_generation_prompt: bool = False,
 ) -> list[ChatSegment]:
-    """Returns the token ids of a conversation in parts: what the model wrote, and what it was given.
+    """Returns the token ids of a conversation in parts: what each side says, and what stands between.
 
     The arguments and errors are those of `encode_chat`, whose ids the parts join to.
     """
     segments = []
-    given = [tokenizer.bos_id]
     newline = tokenizer.encode("\n", add_bos=False)
-    for role, text in _turns(messages, strict_system, add_generation_prompt):
-        given.append(tokenizer.start_of_turn_id)
-        if role == _MODEL:
-            # To cut here changes no id: the newline is always a token of its own, as a trimmed text starts with none.
-            given += tokenizer.encode(f"{role}\n", add_bos=False)
-            segments.append(ChatSegment(tuple(given), is_answer=False))
-            answer = [*tokenizer.encode(text, add_bos=False), tokenizer.end_of_turn_id]
-            segments.append(ChatSegment(tuple(answer), is_answer=True))
-            given = []
-        else:
-            given += [*tokenizer.encode(f"{role}\n{text}", add_bos=False), tokenizer.end_of_turn_id]
-        given += newline
-    if add_generation_prompt:
-        given += [tokenizer.start_of_turn_id, *tokenizer.encode(f"{_MODEL}\n", add_bos=False)]
-    segments.append(ChatSegment(tuple(given), is_answer=False))
+    # To cut after it changes no id: the newline is always a token of its own, as a trimmed text starts with none.
+    headers = {
+        role: [tokenizer.start_of_turn_id, *tokenizer.encode(f"{role}\n", add_bos=False)] for role in (_USER, _MODEL)
+    }
+    between = [tokenizer.bos_id]
+    for turn, (role, text) in enumerate(_turns(messages, strict_system, add_generation_prompt)):
+        segments.append(ChatSegment((*between, *headers[role]), turn=None))
+        said = [*tokenizer.encode(text, add_bos=False), tokenizer.end_of_turn_id]
+        segments.append(ChatSegment(tuple(said), turn))
+        between = newline
+    segments.append(ChatSegment((*between, *(headers[_MODEL] if add_generation_prompt else [])), turn=None))
     return segments
 
 
