@@ -131,13 +131,15 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, embedding_grad = ctx.saved_tensors
         (scale,) = grad_outputs
         if hidden_grad is not None:
             hidden_grad = hidden_grad * scale  # in its own dtype
         if embedding_grad is not None:
-            embedding_grad = (embedding_grad * scale).to(ctx.embedding_dtype)
+            # In place: it is as large as the embedding, and nobody else has it.
+            embedding_grad = embedding_grad.mul_(scale).to(ctx.embedding_dtype)
         return hidden_grad, embedding_grad, None, None, None, None, None, None
 
 
