@@ -16,7 +16,7 @@ from gemma2.checkpoints import Adapter, LowRankUpdate
 from gemma2.config import PRESETS, preset
 from gemma2.cpu import CpuBackend
 from gemma2.cpu.random_weights import random_packed_model
-from gemma2.memory import layer_matrices
+from gemma2.memory.weights import layer_matrices
 from gemma2.step import SequenceStep, StepBatch
 
 

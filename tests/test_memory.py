@@ -9,19 +9,15 @@ import pytest
 
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import ConfigError
-from gemma2.memory import (
-    ENGINE_ROWS,
+from gemma2.memory.running import ENGINE_ROWS, engine_prefill_bytes, kv_cache_bytes, logits_bytes, prefill_bytes
+from gemma2.memory.training import (
     activation_bytes,
     adapter_parameters,
     adapter_training,
-    engine_prefill_bytes,
     full_training,
     kept_layer_bytes,
-    kv_cache_bytes,
-    logits_bytes,
-    prefill_bytes,
-    weight_bytes,
 )
+from gemma2.memory.weights import weight_bytes
 
 MIB = 2**20
 

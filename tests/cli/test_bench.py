@@ -19,7 +19,7 @@ from gemma2.cli.bench_measure import BATCH_PROMPT_TOKENS, Bench, Ceilings, Row, 
 from gemma2.cli.main import main
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import Gemma2Error
-from gemma2.memory import kv_cache_bytes
+from gemma2.memory.running import kv_cache_bytes
 from gemma2.step import Logits, StepBatch
 
 SMALL = PRESETS["2b"].replace(

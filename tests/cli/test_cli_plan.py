@@ -10,7 +10,8 @@ import pytest
 
 from gemma2.cli.main import main
 from gemma2.config import PRESETS
-from gemma2.memory import activation_bytes, weight_bytes
+from gemma2.memory.training import activation_bytes
+from gemma2.memory.weights import weight_bytes
 
 MIB = 2**20
 

@@ -9,7 +9,7 @@ import torch
 from small_model import LargestTensor
 from torch import Tensor
 
-from gemma2.memory import loss_chunk_tokens
+from gemma2.memory.training import loss_chunk_tokens
 from gemma2.training.distillation import (
     Divergence,
     TeacherTopK,

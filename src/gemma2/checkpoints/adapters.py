@@ -28,7 +28,7 @@ from gemma2.checkpoints.safetensors_format import parse_json_object
 from gemma2.checkpoints.safetensors_reader import open_safetensors
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, nearest_name
-from gemma2.memory import ADAPTABLE_MODULES
+from gemma2.memory.weights import ADAPTABLE_MODULES
 
 ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE: Final = "adapter_model.safetensors"

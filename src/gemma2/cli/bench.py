@@ -210,7 +210,7 @@ def _make_work(args: argparse.Namespace, name: str, config: Gemma2Config) -> Wor
 def _make_random(args: argparse.Namespace, config: Gemma2Config, work: Work, progress: _Progress) -> PackedModel:
     from gemma2.cli.machine import main_memory
     from gemma2.cpu.random_weights import random_packed_model
-    from gemma2.memory import weight_bytes
+    from gemma2.memory.weights import weight_bytes
 
     weights = args.weights or "q4"
     kv_cache = {"auto": "float32" if weights == "float32" else "bfloat16"}.get(args.kv_cache, args.kv_cache)

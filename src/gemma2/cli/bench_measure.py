@@ -21,7 +21,8 @@ from typing import Final, Protocol
 import numpy as np
 
 from gemma2.config import Gemma2Config
-from gemma2.memory import kv_cache_bytes, layer_matrices
+from gemma2.memory.running import kv_cache_bytes
+from gemma2.memory.weights import layer_matrices
 from gemma2.step import Backend, SequenceStep, StepBatch
 
 CHUNK_TOKENS: Final = 512

@@ -13,21 +13,16 @@ from gemma2.cli.source import find_config
 from gemma2.cli.terminal import format_bytes, heading, make_console, make_table
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import ConfigError, ContextLengthError
-from gemma2.memory import (
-    ADAPTABLE_MODULES,
-    WEIGHT_FORMATS,
+from gemma2.memory.running import engine_prefill_bytes, kv_cache_bytes, logits_bytes, prefill_bytes
+from gemma2.memory.training import (
     ProcessGrid,
     TrainingMemory,
     adapter_parameters,
     adapter_training,
-    engine_prefill_bytes,
     full_training,
-    kv_cache_bytes,
-    logits_bytes,
-    prefill_bytes,
     uneven_sizes,
-    weight_bytes,
 )
+from gemma2.memory.weights import ADAPTABLE_MODULES, WEIGHT_FORMATS, weight_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

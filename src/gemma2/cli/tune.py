@@ -107,8 +107,8 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
     from rich.text import Text
 
     from gemma2.data import EncodedPair, render_example
-    from gemma2.memory import ProcessGrid, adapter_training, full_training
-    from gemma2.training.tune import describe_examples
+    from gemma2.memory.training import ProcessGrid, adapter_training, full_training
+    from gemma2.training.example_data import describe_examples
     from gemma2.training.tune_settings import ENGINE_FORMATS
 
     for choice in plan.train.choices:
@@ -122,7 +122,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
         highlight=False,
     )
     config, quantization = plan.checkpoint.config, settings.model.quantization
-    rows = {"batch_size": run.micro_batch_size or run.batch_size // ranks.data, "length": length}
+    rows = {"batch_size": ranks.rows_at_once(run.batch_size, run.micro_batch_size), "length": length}
     grid = ProcessGrid(data=ranks.data, tensor=ranks.tensor)
     if settings.adapter is None:
         memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing, grid=grid)

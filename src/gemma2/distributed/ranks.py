@@ -143,6 +143,10 @@ class Ranks:
                 f"parts has {rows} rows, which must be a multiple of it"
             )
 
+    def rows_at_once(self, batch_size: int, micro_batch_size: int | None) -> int:
+        """How many rows of a batch go through the model together in each process."""
+        return micro_batch_size or batch_size // self.data
+
 
 ONE_PROCESS: Final = Ranks()
 

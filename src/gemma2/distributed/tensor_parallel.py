@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from gemma2.config import Gemma2Config
 from gemma2.distributed.ranks import TENSOR, Ranks
 from gemma2.errors import ConfigError
-from gemma2.memory import uneven_sizes
+from gemma2.memory.training import uneven_sizes
 from gemma2.model.modeling import Gemma2ForCausalLM
 
 if TYPE_CHECKING:

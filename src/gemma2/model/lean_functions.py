@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.memory import BLOCK_VALUES
+from gemma2.memory.running import BLOCK_VALUES
 
 
 class Recipe:

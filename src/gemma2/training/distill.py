@@ -9,46 +9,37 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, open_checkpoint, packed_model
+from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
-from gemma2.data import (
-    ExampleLoader,
-    PackedLoader,
-    StreamLoader,
-    TokenizedExamples,
-    ValidationSet,
-    batch_for_validation,
-    expand_files,
-    tokenize_for_validation,
-)
+from gemma2.data import TokenizedExamples, ValidationSet, expand_files
 from gemma2.distributed import ONE_PROCESS, Ranks
-from gemma2.distributed.fsdp import GatheredModel
 from gemma2.distributed.tensor_parallel import check_split
 from gemma2.errors import ConfigError
-from gemma2.model.device import choose_device
-from gemma2.model.loading import DTYPES, load_model
-from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.model.loading import DTYPES
 from gemma2.text import Tokenizer
-from gemma2.training.activation_checkpointing import checkpoint_layers
-from gemma2.training.adapters import adapter_first_values, add_adapter, save_adapter
 from gemma2.training.distill_settings import DistillSettings
-from gemma2.training.distillation import Divergence, TeacherLogits, distillation_objective, torch_teacher
-from gemma2.training.engine_teacher import engine_teacher
+from gemma2.training.distillation import Divergence, distillation_objective
+from gemma2.training.example_data import (
+    OnTokenizing,
+    describe_examples,
+    example_loader,
+    example_validation,
+    read_examples,
+)
 from gemma2.training.loop import Loader, Progress, Trainer
 from gemma2.training.objectives import Batch, next_token_objective
 from gemma2.training.on_policy import OnPolicyLoader
-from gemma2.training.optimizer import check_optimizer
-from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
-from gemma2.training.shared_model import load_shared, new_shared, save_model
+from gemma2.training.run_stages import check_machine, generation_config, resume_and_train, use_threads
 from gemma2.training.teacher_cache import CachedTeacher, CacheInfo, TeacherCache, write_teacher_cache
-from gemma2.training.tune import OnTokenizing, describe_examples, generation_config, tokenize
+from gemma2.training.teachers import is_teacher_shared, live_teacher
+from gemma2.training.text_data import text_loader, text_validation
+from gemma2.training.trained_model import TrainedModel, model_from_checkpoint, new_model, save_trained
 
 _TOKENIZER_PROBE = "The quick brown fox\njumps over 42 lazy dogs;\n\n\tça va, Οδυσσεύς? 漢字 🦊"
 
@@ -98,9 +89,7 @@ def check_settings(
         CheckpointError, TokenizerError: a model or the cache cannot be read.
     """
     run = settings.run
-    device = ranks.device or choose_device(run.device, setting="run.device")
-    ranks.check_batch(run.batch_size, run.micro_batch_size)
-    check_optimizer(settings.optimizer, ranks.world_size)
+    device = check_machine(run, settings.optimizer, ranks)
     if ranks.world_size > 1 and settings.on_policy is not None:
         raise ConfigError(
             f"on_policy needs the whole student in the process that samples, but {ranks.world_size} processes share "
@@ -125,7 +114,7 @@ def check_settings(
                 "so both must cut texts alike"
             )
     check_split(config, ranks.tensor)
-    if _is_teacher_shared(settings, ranks):
+    if is_teacher_shared(settings.teacher, ranks):
         check_split(teacher.config, ranks.tensor)
     for whose, longest in (
         ("student", config.max_position_embeddings),
@@ -146,15 +135,13 @@ def check_settings(
             expand_files(settings.text.validation)
     else:
         assert settings.examples is not None
-        data = settings.examples
-        examples = partial(tokenize, data, tokenizer, run.sequence_length, on_tokenizing)
-        train = examples("train", data.train, data.max_train_examples)
-        if data.validation and not for_cache:
-            validation = examples("validation", data.validation, data.max_validation_examples)
+        train, validation = read_examples(
+            settings.examples, tokenizer, run.sequence_length, on_tokenizing, with_validation=not for_cache
+        )
         if train.are_pairs:
             raise ConfigError("examples.train holds preference pairs, but a teacher's words are learned from examples")
         if num_steps is None:
-            num_steps = _example_loader(settings, train, ranks).total_batches
+            num_steps = example_loader(settings.examples, train, run, ranks).total_batches
     assert num_steps is not None
     cache = None
     if settings.teacher.cache is not None and not for_cache:
@@ -228,13 +215,14 @@ def write_cache(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Runs the teacher over the batches of the run and writes what it says; see `write_teacher_cache`."""
-    _set_threads(settings)
+    use_threads(settings.run)
+    teacher, _ = live_teacher(settings.teacher, plan.teacher, settings.run, ONE_PROCESS, plan.device)
     with _loader(settings, plan, ONE_PROCESS) as loader:
         return write_teacher_cache(
             folder,
             cache_info(settings, plan),
             loader,
-            _live_teacher(settings, plan, ONE_PROCESS)[0],
+            teacher,
             device=plan.device,
             on_step=on_step,
             should_stop=should_stop,
@@ -251,53 +239,42 @@ def _distill(
     should_stop: Callable[[], bool],
 ) -> Path | None:
     run, ranks = settings.run, folder.ranks
-    _set_threads(settings)
+    use_threads(run)
     dtype = DTYPES[run.dtype]
     state = folder.last_state()
     folder.write_settings()
     for name, examples in (("training", plan.train), ("validation", plan.validation)):
         if examples is not None:
             say(describe_examples(name, examples))
-    around: list[GatheredModel] = []
-    if ranks.world_size > 1:
-        around.append(_shared_student(settings, plan, ranks))
-        student = around[0].model
-    else:
-        student = _student(settings, plan)
-        if settings.adapter is not None:
-            add_adapter(student, settings.adapter, seed=run.seed)
-        checkpoint_layers(student, run.gradient_checkpointing)
-    first_values = None if settings.adapter is None else adapter_first_values(student)
+    trained = _student(settings, plan, ranks)
     teacher_size, size = plan.teacher.config.count_parameters().total, plan.config.count_parameters().total
     source = f"cached in {settings.teacher.cache}" if plan.cache is not None else settings.teacher.backend
     say(f"teacher: {teacher_size:,} parameters ({source}); student: {size:,}; on {ranks.describe(plan.device)}")
     # What is cached is asked for by whole batches, of which each process then takes its rows.
     with _loader(settings, plan, ranks if plan.cache is None else ONE_PROCESS) as source_loader:
-        loader: Loader = source_loader
+        loader, shared_teacher = source_loader, None
         if plan.cache is not None:
             cached = CachedTeacher(source_loader, plan.cache, rank=ranks.data_rank, world_size=ranks.data)
             loader = cached
             teacher: Callable[[Batch], Any] = cached
         else:
-            teacher, shared_teacher = _live_teacher(settings, plan, ranks)
-            around += [] if shared_teacher is None else [shared_teacher]
+            teacher, shared_teacher = live_teacher(settings.teacher, plan.teacher, run, ranks, plan.device)
         if settings.on_policy is not None:
-            loader = OnPolicyLoader(source_loader, student, plan.tokenizer, settings.on_policy, seed=run.seed)
+            loader = OnPolicyLoader(source_loader, trained.model, plan.tokenizer, settings.on_policy, seed=run.seed)
         objective = distillation_objective(
             teacher=teacher, divergence=Divergence(**settings.objective.model_dump()), compute_dtype=dtype
         )
+        objective = trained.around(objective)
+        if shared_teacher is not None:  # the loss asks for both heads
+            objective = shared_teacher.around(objective)
         # What the student is measured by is the text itself, so that it can be compared with one trained on it.
         validation_objective = next_token_objective(compute_dtype=dtype, compiled=False)
-        for gathered in around:  # the loss asks for both heads
-            objective = gathered.around(objective)
-        for gathered in around[:1]:
-            validation_objective = gathered.around(validation_objective)
         trainer = Trainer(
-            model=student,
+            model=trained.model,
             objective=objective,
             loader=loader,
             validation=_validation(settings, plan, ranks),
-            validation_objective=validation_objective,
+            validation_objective=trained.around(validation_objective),
             run=run,
             num_steps=plan.num_steps,
             optimizer=settings.optimizer,
@@ -306,40 +283,21 @@ def _distill(
             fingerprint=folder.fingerprint,
             ranks=ranks,
         )
-        if state is not None:
-            name, values = state
-            trainer.load_state_dict(values)
-            say(f"resumed from {name}: step {trainer.step}, {trainer.tokens_seen:,} tokens seen")
-        result = trainer.train(should_stop=should_stop)
+        result = resume_and_train(trainer, state, say=say, should_stop=should_stop)
     if not trainer.is_done:
         return None
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
     template = "chat" if settings.examples is not None and settings.examples.template == "chat" else "none"
-    extra_files = generation_config(plan.tokenizer, template)
-    if settings.adapter is not None:
-        return save_adapter(
-            folder.path / "adapter",
-            student,
-            settings.adapter,
-            base_model=str(settings.student.name),
-            first_values=first_values,
-            extra_files=extra_files,
-            ranks=ranks,
-        )
-    return save_model(
-        folder.path / "model",
-        student,
+    return save_trained(
+        folder.path,
+        trained,
         ranks,
+        base_model=str(settings.student.name),
         dtype=run.save_dtype,
         tokenizer_files=[path for path in plan.tokenizer_files if path.name in TOKENIZER_FILES],
-        extra_files=extra_files,
+        extra_files=generation_config(plan.tokenizer, template),
     )
-
-
-def _set_threads(settings: DistillSettings) -> None:
-    if settings.run.num_threads is not None:
-        torch.set_num_threads(settings.run.num_threads)
 
 
 def _cache_identity(settings: DistillSettings) -> dict[str, Any]:
@@ -358,147 +316,29 @@ def _cache_identity(settings: DistillSettings) -> dict[str, Any]:
     return {"teacher": teacher, "run": run, **data}
 
 
-def _student(settings: DistillSettings, plan: DistillPlan) -> Gemma2ForCausalLM:
-    if plan.student is not None:
-        return load_model(
-            plan.student, dtype="float32" if settings.adapter is None else settings.run.dtype, device=plan.device
-        )
-    model = Gemma2ForCausalLM(plan.config, device="meta").to_empty(device=plan.device)
-    model.initialize(torch.Generator(device=plan.device).manual_seed(settings.run.seed))
-    return model
-
-
-def _shared_student(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> GatheredModel:
-    """As `_student`, of which this process has a part, with the adapter and checkpointing of activations."""
-    run, is_full = settings.run, settings.adapter is None
-    gather_dtype = torch.bfloat16 if is_full and run.dtype == "bfloat16" else None
+def _student(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> TrainedModel:
     if plan.student is None:
-        return new_shared(
-            plan.config,
-            ranks,
-            generator=torch.Generator(device=plan.device).manual_seed(run.seed),
-            gather_dtype=gather_dtype,
-            checkpointing=run.gradient_checkpointing,
-        )
-    return load_shared(
-        plan.student,
-        ranks,
-        dtype=torch.float32 if is_full else DTYPES[run.dtype],
-        adapter=settings.adapter,
-        seed=run.seed,
-        gather_dtype=gather_dtype,
-        checkpointing=run.gradient_checkpointing,
-    )
-
-
-def _is_teacher_shared(settings: DistillSettings, ranks: Ranks) -> bool:
-    """Whether processes share the teacher's weights too. Quantized ones and the CPU engine's are whole in each."""
-    teacher = settings.teacher
-    is_torch = teacher.cache is None and teacher.backend == "torch"
-    return ranks.world_size > 1 and is_torch and teacher.weights != "nf4"
-
-
-def _live_teacher(
-    settings: DistillSettings, plan: DistillPlan, ranks: Ranks
-) -> tuple[Callable[[Batch], TeacherLogits], GatheredModel | None]:
-    """The teacher, and what its logits must be asked for within, if processes share its weights."""
-    teacher, run = settings.teacher, settings.run
-    if teacher.backend == "cpu":
-        from gemma2.cpu import CpuBackend, resolve_num_threads
-
-        weights = "q8" if teacher.weights == "auto" else teacher.weights
-        packed = packed_model(plan.teacher, weights, num_threads=resolve_num_threads(run.num_threads))
-        return engine_teacher(CpuBackend(packed, num_threads=run.num_threads)), None
-    dtype = run.dtype if teacher.weights in ("auto", "nf4") else teacher.weights
-    compute_dtype = DTYPES[dtype]
-    if _is_teacher_shared(settings, ranks):
-        gathered = load_shared(plan.teacher, ranks, dtype=compute_dtype)
-        gathered.requires_grad_(False).eval()
-        return torch_teacher(gathered.model, compute_dtype=compute_dtype), gathered
-    replace = partial(quantized_linear, "nf4", dtype) if teacher.weights == "nf4" else None
-    model = load_model(plan.teacher, dtype=dtype, device=plan.device, replace_linear=replace)
-    model.requires_grad_(False).eval()
-    return torch_teacher(model, compute_dtype=compute_dtype), None
-
-
-def _example_loader(settings: DistillSettings, train: TokenizedExamples, ranks: Ranks) -> ExampleLoader:
-    assert settings.examples is not None
-    run = settings.run
-    return ExampleLoader(
-        train,
-        batch_size=run.batch_size // ranks.data,
-        packing=settings.examples.packing,
-        seed=run.seed,
-        num_epochs=run.num_epochs or (1 if run.num_steps is None else None),
-        rank=ranks.data_rank,
-        world_size=ranks.data,
-    )
+        return new_model(plan.config, settings.run, ranks, plan.device)
+    return model_from_checkpoint(plan.student, settings.run, ranks, plan.device, adapter=settings.adapter)
 
 
 @contextlib.contextmanager
 def _loader(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> Iterator[Loader]:
     run = settings.run
     if plan.train is not None:
-        yield cast(Loader, _example_loader(settings, plan.train, ranks))
+        assert settings.examples is not None
+        yield cast(Loader, example_loader(settings.examples, plan.train, run, ranks))
         return
-    text, tokenizer = settings.text, plan.tokenizer
-    assert text is not None
-
-    def make_stream(number: int, num_streams: int, num_rows: int) -> PackedLoader:
-        return PackedLoader(
-            list(plan.files),
-            partial(tokenizer.encode, add_bos=False),
-            sequence_length=run.sequence_length,
-            batch_size=num_rows,
-            shuffle_buffer=text.shuffle_buffer,
-            seed=run.seed,
-            text_key=text.text_key,
-            newlines=text.newlines,
-            on_error=text.on_error,
-            rank=number,
-            world_size=num_streams,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        )
-
-    with StreamLoader(
-        make_stream,
-        batch_size=run.batch_size,
-        num_streams=text.num_streams,
-        rank=ranks.data_rank,
-        world_size=ranks.data,
-    ) as loader:
+    assert settings.text is not None
+    with text_loader(settings.text, plan.files, plan.tokenizer, run, run.sequence_length, ranks) as loader:
         yield cast(Loader, loader)
 
 
 def _validation(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> ValidationSet | None:
-    rows = settings.run.micro_batch_size or settings.run.batch_size // ranks.data
-    if plan.validation is not None:
-        assert settings.examples is not None
-        return batch_for_validation(
-            plan.validation,
-            plan.tokenizer,
-            batch_size=rows,
-            packing=settings.examples.packing,
-            rank=ranks.data_rank,
-            world_size=ranks.data,
-        )
-    if settings.text is None or not settings.text.validation:
+    run = settings.run
+    if settings.text is not None:
+        return text_validation(settings.text, plan.tokenizer, run, run.sequence_length, ranks)
+    assert settings.examples is not None
+    if plan.validation is None:
         return None
-    tokenizer = plan.tokenizer
-    return tokenize_for_validation(
-        settings.text.validation,
-        partial(tokenizer.encode, add_bos=False),
-        sequence_length=settings.run.sequence_length,
-        batch_size=rows,
-        max_tokens=settings.text.validation_max_tokens,
-        text_key=settings.text.text_key,
-        newlines="keep",
-        on_error=settings.text.on_error,
-        rank=ranks.data_rank,
-        world_size=ranks.data,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-    )
+    return example_validation(settings.examples, plan.validation, plan.tokenizer, run, ranks)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gemma2.distributed.tensor_parallel import all_rows
 from gemma2.errors import ConfigError, nearest_name
-from gemma2.memory import loss_chunk_tokens
+from gemma2.memory.training import loss_chunk_tokens
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.head_loss import (
     blocks,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gemma2.memory import loss_chunk_tokens
+from gemma2.memory.training import loss_chunk_tokens
 from gemma2.step import Backend, Logits, SequenceStep, StepBatch
 from gemma2.training.distillation import TeacherLogits
 from gemma2.training.objectives import Batch

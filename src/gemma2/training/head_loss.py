@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from gemma2.memory import BLOCK_LOGITS, loss_chunk_tokens
+from gemma2.memory.training import BLOCK_LOGITS, loss_chunk_tokens
 
 if TYPE_CHECKING:
     from gemma2.distributed.tensor_parallel import VocabularyPart

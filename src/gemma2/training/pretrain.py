@@ -17,20 +17,20 @@ import torch
 
 from gemma2.checkpoints import TOKENIZER_FILES
 from gemma2.config import Gemma2Config
-from gemma2.data import PackedLoader, StreamLoader, expand_files, iter_documents, tokenize_for_validation
+from gemma2.data import expand_files, iter_documents
 from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.distributed.tensor_parallel import check_split
 from gemma2.errors import ConfigError
-from gemma2.model.device import choose_device
-from gemma2.model.modeling import Gemma2ForCausalLM
+from gemma2.model.loading import DTYPES
 from gemma2.text import Tokenizer, train_tokenizer
-from gemma2.training.activation_checkpointing import checkpoint_layers
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import next_token_objective
-from gemma2.training.optimizer import check_optimizer
 from gemma2.training.run_folder import RunFolder
+from gemma2.training.run_stages import check_machine, resume_and_train, use_threads
 from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
-from gemma2.training.shared_model import new_shared, save_model
+from gemma2.training.shared_model import save_model
+from gemma2.training.text_data import text_loader, text_validation
+from gemma2.training.trained_model import new_model
 
 SAMPLE_PIECE_CHARACTERS = 20_000
 """A tokenizer's sample is drawn in pieces of a few pages, so that every book can be in it."""
@@ -84,9 +84,7 @@ def check_settings(settings: PretrainSettings, *, ranks: Ranks = ONE_PROCESS) ->
         CheckpointError: the output folder's newest checkpoint cannot be read.
     """
     run = settings.run
-    device = ranks.device or choose_device(run.device, setting="run.device")
-    ranks.check_batch(run.batch_size, run.micro_batch_size)
-    check_optimizer(settings.optimizer, ranks.world_size)
+    device = check_machine(run, settings.optimizer, ranks)
     if run.batch_size % settings.data.num_streams:
         raise ConfigError(
             f"run.batch_size is {run.batch_size}, and must be a multiple of data.num_streams, which is "
@@ -125,8 +123,7 @@ def _pretrain(
     should_stop: Callable[[], bool],
 ) -> Path | None:
     run, ranks = settings.run, folder.ranks
-    if run.num_threads is not None:
-        torch.set_num_threads(run.num_threads)
+    use_threads(run)
     output = settings.output
     state = folder.last_state()
     files = expand_files(settings.data.train)
@@ -141,73 +138,18 @@ def _pretrain(
     config = settings.gemma2_config(tokenizer.vocab_size)
     tokenizer.check_fits(config)
     folder.write_settings()
-    special_ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_bos=False)
-
-    dtype = torch.bfloat16 if run.dtype == "bfloat16" else torch.float32
-    objective = next_token_objective(compute_dtype=dtype, compiled=run.compile)
-    generator = torch.Generator(device=device).manual_seed(run.seed)
-    if ranks.world_size == 1:
-        model = Gemma2ForCausalLM(config, device="meta").to_empty(device=device)
-        model.initialize(generator)
-        checkpoint_layers(model, run.gradient_checkpointing)
-    else:
-        gathered = new_shared(
-            config,
-            ranks,
-            generator=generator,
-            gather_dtype=torch.bfloat16 if run.dtype == "bfloat16" else None,
-            checkpointing=run.gradient_checkpointing,
-        )
-        model = gathered.model
-        objective = gathered.around(objective)
+    trained = new_model(config, run, ranks, device)
+    objective = next_token_objective(compute_dtype=DTYPES[run.dtype], compiled=run.compile)
     count = config.count_parameters()
     say(f"model: {count.total:,} parameters, {count.embedding:,} of them in the embedding; on {ranks.describe(device)}")
-    validation = None
-    if settings.data.validation:
-        validation = tokenize_for_validation(
-            settings.data.validation,
-            encode,
-            sequence_length=run.sequence_length,
-            batch_size=run.micro_batch_size or run.batch_size // ranks.data,
-            rank=ranks.data_rank,
-            world_size=ranks.data,
-            max_tokens=settings.data.validation_max_tokens,
-            text_key=settings.data.text_key,
-            newlines="keep",  # the text as it is, whatever the model was trained on
-            on_error=settings.data.on_error,
-            **special_ids,
-        )
+    validation = text_validation(settings.data, tokenizer, run, run.sequence_length, ranks)
+    if validation is not None:
         say(f"validation: {validation.num_tokens:,} tokens, {validation.num_bytes:,} bytes")
 
-    def make_stream(number: int, num_streams: int, num_rows: int) -> PackedLoader:
-        return PackedLoader(
-            files,
-            encode,
-            sequence_length=run.sequence_length,
-            batch_size=num_rows,
-            shuffle_buffer=settings.data.shuffle_buffer,
-            seed=run.seed,
-            text_key=settings.data.text_key,
-            newlines=settings.data.newlines,
-            on_error=settings.data.on_error,
-            rank=number,
-            world_size=num_streams,
-            **special_ids,
-        )
-
-    with StreamLoader(
-        make_stream,
-        batch_size=run.batch_size,
-        num_streams=settings.data.num_streams,
-        rank=ranks.data_rank,
-        world_size=ranks.data,
-    ) as loader:
+    with text_loader(settings.data, files, tokenizer, run, run.sequence_length, ranks) as loader:
         trainer = Trainer(
-            model=model,
-            objective=objective,
+            model=trained.model,
+            objective=trained.around(objective),
             loader=loader,
             validation=validation,
             run=run,
@@ -218,18 +160,14 @@ def _pretrain(
             fingerprint=folder.fingerprint,
             ranks=ranks,
         )
-        if state is not None:
-            name, values = state
-            trainer.load_state_dict(values)
-            say(f"resumed from {name}: step {trainer.step}, {trainer.tokens_seen:,} tokens seen")
-        result = trainer.train(should_stop=should_stop)
+        result = resume_and_train(trainer, state, say=say, should_stop=should_stop)
     if not trainer.is_done:
         return None
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
     return save_model(
         output / "model",
-        model,
+        trained.model,
         ranks,
         dtype=run.save_dtype,
         tokenizer_files=[path for name in TOKENIZER_FILES if (path := tokenizer_folder / name).is_file()],

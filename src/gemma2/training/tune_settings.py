@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gemma2.data import Format, OnError, Template, TooLong, TrainOn
 from gemma2.errors import nearest_name
-from gemma2.memory import ADAPTABLE_MODULES
+from gemma2.memory.weights import ADAPTABLE_MODULES
 from gemma2.training.settings import LoopSettings, OptimizerSettings, ParallelSettings
 from gemma2.training.settings_file import Section, read_settings
 

@@ -1,41 +1,16 @@
-"""How many bytes a Gemma 2 takes: to keep, to run and to train. Pure arithmetic on the config; nothing is measured.
-
-Letters in formulas: D width, I MLP width, H head size, N query heads, K key/value heads, V vocabulary rows, B
-sequences, L tokens of each, C tokens of one prefill chunk, S keys that a query meets, W window.
-
-What is not covered: the interpreter and its libraries (about 0.4 GiB with PyTorch), the allocator's slack, and the
-scratch of matrix-product libraries. So a figure here is a floor; leave a tenth more.
-"""
+"""What a step of training takes, in each of the processes that share it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from gemma2.config import Gemma2Config
 from gemma2.errors import ConfigError, nearest_name
+from gemma2.memory.running import QUERY_BLOCK
+from gemma2.memory.weights import ADAPTABLE_MODULES, layer_matrices, layer_parameters, norm_parameters, weight_bytes
 
-GROUP_SIZE: Final = 64
-"""Weights that share one scale in q8 and q4, and activations that do in their products."""
-TILE_ROWS: Final = 32
-"""Rows of a q8 or q4 matrix that are packed together; what is missing in the last tile is filled up."""
-SCALE_BYTES: Final = 2
-"""A weight's scale is a float16."""
-KV_SCALE_BYTES: Final = 4
-"""The scale of an int8 key or value is a float32."""
-WEIGHT_FORMATS: Final[Mapping[str, float]] = {"float32": 32, "bfloat16": 16, "q8": 8.25, "q4": 4.25}
-"""Bits per weight of a matrix whose width is a multiple of `GROUP_SIZE`: q8 is 8 + 16 / 64, q4 is 4 + 16 / 64."""
-KV_FORMATS: Final = ("float32", "bfloat16", "int8")
-ADAPTABLE_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear maps of a layer, which are what LoRA adapts."""
-
-QUERY_BLOCK: Final = 256
-"""Queries whose scores exist at once; attention takes long inputs in blocks of so many."""
-BLOCK_VALUES: Final = 1 << 18
-"""Values of a norm or GeGLU that are worked on at once: 1 MiB in float32, half of what two second-level caches hold."""
-ENGINE_ROWS: Final = 512
-"""Rows that the CPU engine takes through its layers together; longer chunks go in parts."""
 BLOCK_LOGITS: Final = 1 << 20
 """Logits of a training loss that are worked on at once: 4 MiB in float32, which stay in the processor's cache."""
 LARGE_VOCABULARY: Final = 1 << 16
@@ -49,150 +24,6 @@ def loss_chunk_tokens(vocab_size: int) -> int:
     little beside its matrix products. 192 for a large one: products of 128 rows run a tenth slower.
     """
     return max(128 if vocab_size < LARGE_VOCABULARY else 192, BLOCK_LOGITS // vocab_size)
-
-
-def layer_matrices(config: Gemma2Config) -> dict[str, tuple[int, int]]:
-    """Names the linear maps of one layer, each with (outputs, inputs)."""
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": (queries, config.hidden_size),
-        "k_proj": (keys, config.hidden_size),
-        "v_proj": (keys, config.hidden_size),
-        "o_proj": (config.hidden_size, queries),
-        "gate_proj": (config.intermediate_size, config.hidden_size),
-        "up_proj": (config.intermediate_size, config.hidden_size),
-        "down_proj": (config.hidden_size, config.intermediate_size),
-    }
-
-
-def weight_bytes(config: Gemma2Config, weight_format: str, *, second_plane: bool = False) -> int:
-    """Size of all weights, the tied embedding once, in bytes.
-
-    Matrices take the format's bits; the norms, a ten-thousandth of all, stay float32 where matrices are quantized.
-
-    Args:
-        config: the architecture.
-        weight_format: one of `WEIGHT_FORMATS`. In q8 and q4, each `GROUP_SIZE` neighbours of a row share a float16
-            scale; the embedding, which is the head, is quantized too. Rows are filled up to a multiple of
-            `GROUP_SIZE`, and matrices to one of `TILE_ROWS`: the layout is that of kernels/matrix.h.
-        second_plane: whether the head has two planes of 4 bits, as `gemma2 quantize` gives it in q4.
-
-    Raises:
-        ConfigError: there is no such format.
-    """
-    if weight_format not in WEIGHT_FORMATS:
-        raise ConfigError(
-            f"there is no weight format {weight_format!r}; they are {', '.join(WEIGHT_FORMATS)}."
-            + nearest_name(weight_format, WEIGHT_FORMATS)
-        )
-    if weight_format in ("float32", "bfloat16"):
-        return config.count_parameters().total * (4 if weight_format == "float32" else 2)
-    value_bits = 8 if weight_format == "q8" else 4
-    layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in _packed_layer_matrices(config))
-    embedding = _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=value_bits)
-    norms = 4 * _norm_parameters(config)
-    return embedding * (2 if second_plane else 1) + config.num_hidden_layers * layer + norms
-
-
-def _packed_layer_matrices(config: Gemma2Config) -> list[tuple[int, int]]:
-    """The matrices of a layer as they are packed: q, k and v are one, and so are gate and up."""
-    rows = {name: outputs for name, (outputs, _) in layer_matrices(config).items()}
-    width = config.hidden_size
-    return [
-        (rows["q_proj"] + rows["k_proj"] + rows["v_proj"], width),
-        (width, rows["q_proj"]),
-        (rows["gate_proj"] + rows["up_proj"], width),
-        (width, config.intermediate_size),
-    ]
-
-
-def _quantized_bytes(num_rows: int, num_columns: int, *, value_bits: int) -> int:
-    num_tiles, num_groups = -(-num_rows // TILE_ROWS), -(-num_columns // GROUP_SIZE)
-    return num_tiles * TILE_ROWS * num_groups * (GROUP_SIZE * value_bits // 8 + SCALE_BYTES)
-
-
-def kv_cache_bytes(config: Gemma2Config, num_tokens: int, *, kv_format: str = "bfloat16", bounded: bool = True) -> int:
-    """Size of the KV cache of one sequence: 2 · K · H values for each token and layer.
-
-    Args:
-        config: the architecture.
-        num_tokens: length of the sequence.
-        kv_format: one of `KV_FORMATS`; int8 adds one float32 scale for each key and each value vector of a head.
-        bounded: whether local layers keep only the last W tokens.
-
-    Returns:
-        The bytes; the CPU engine takes them in blocks of 64 tokens, so up to 63 tokens more.
-
-    Raises:
-        ConfigError: there is no such format.
-    """
-    if kv_format not in KV_FORMATS:
-        raise ConfigError(f"there is no KV format {kv_format!r}; they are {', '.join(KV_FORMATS)}")
-    bytes_per_value = {"float32": 4, "bfloat16": 2, "int8": 1}[kv_format]
-    num_bytes = config.kv_cache_bytes(num_tokens, bytes_per_value=bytes_per_value, bounded=bounded)
-    if kv_format == "int8":
-        num_vectors = num_bytes // config.head_dim
-        num_bytes += num_vectors * KV_SCALE_BYTES
-    return num_bytes
-
-
-def logits_bytes(config: Gemma2Config, num_rows: int) -> int:
-    """Size of logits in float32: 4 · V for each row. One row a sequence is enough to generate."""
-    return 4 * config.vocab_size * num_rows
-
-
-def prefill_bytes(config: Gemma2Config, *, chunk_tokens: int, num_keys: int, bytes_per_value: int = 2) -> int:
-    """Peak of the activations while a chunk of a prompt goes through a layer, weights and cache not counted.
-
-        residual stream              4 · C · D            before and after attention, its output, the normed input
-        the largest of
-          a norm                     C · D, its output, and 4 in float32 for `BLOCK_VALUES` of it at a time
-          MLP                        3 · C · I            gate, up and their product
-          attention                  2 · C · (N + K) · H  q, k, v and the output
-            and scores               N · min(C, 256) · S  in float32 twice, before and after the softmax
-
-    Args:
-        config: the architecture.
-        chunk_tokens: C, tokens that go through the model at once.
-        num_keys: S, tokens of the sequence so far, the chunk included.
-        bytes_per_value: of everything but the scores; 2 for bf16.
-    """
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    stream = 4 * chunk_tokens * config.hidden_size * bytes_per_value
-    norm_values = chunk_tokens * config.hidden_size
-    norm = bytes_per_value * norm_values + 4 * 4 * min(norm_values, BLOCK_VALUES)
-    mlp = 3 * chunk_tokens * config.intermediate_size * bytes_per_value
-    num_scores = config.num_attention_heads * min(chunk_tokens, QUERY_BLOCK) * num_keys
-    attention = 2 * chunk_tokens * heads * bytes_per_value + num_scores * 2 * 4
-    return stream + max(norm, mlp, attention)
-
-
-def engine_prefill_bytes(config: Gemma2Config, *, chunk_tokens: int) -> int:
-    """The CPU engine's buffers while a chunk of a prompt goes through it, with q8 or q4 weights.
-
-    They are made once and used by every layer, so this is all at once; scores exist only in tiles that the processor's
-    cache holds. For each of up to `ENGINE_ROWS` tokens, in float32 unless said:
-
-        residual stream, update      2 · D
-        attention                    (3 · N + 2 · K) · H  q, k and v; queries, turned; what the heads saw
-        MLP                          2 · I                gate and up
-        inputs of products           D + N · H + I        int8, with a scale and a sum for each `GROUP_SIZE`
-
-    Args:
-        config: the architecture.
-        chunk_tokens: tokens that go through the model at once.
-    """
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    floats = 2 * config.hidden_size + 3 * queries + 2 * keys + 2 * config.intermediate_size
-    inputs = 0
-    for width in (config.hidden_size, queries, config.intermediate_size):
-        inputs += -(-width // GROUP_SIZE) * (GROUP_SIZE + 2 * 4)
-    return min(chunk_tokens, ENGINE_ROWS) * (4 * floats + inputs)
-
-
-# -- training -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +104,7 @@ def full_training(
         config, batch_size=batch_size, length=length, checkpointing=checkpointing, tensor=grid.tensor
     )
     if grid.size > 1:
-        norms = _norm_parameters(config)
+        norms = norm_parameters(config)
         share = norms + -(-(count - norms) // grid.size)
         is_gathered = grid.data > 1
         part = embedding // grid.tensor
@@ -284,7 +115,7 @@ def full_training(
             optimizer=8 * share,
             activations=activations,
             loss=_loss_bytes(config, tensor=grid.tensor) + (0 if is_gathered else 4 * part),
-            gathered=(10 * _layer_parameters(config) // grid.tensor + 12 * part) if is_gathered else 0,
+            gathered=(10 * layer_parameters(config) // grid.tensor + 12 * part) if is_gathered else 0,
         )
     return TrainingMemory(
         weights=2 * count,
@@ -341,7 +172,7 @@ def adapter_training(
         value_bytes = 4 if weight_format == "float32" else 2
         weights, count = -(-weights // grid.size), -(-count // grid.size)
         if grid.data > 1:
-            two_layers = 2 * _layer_parameters(config)
+            two_layers = 2 * layer_parameters(config)
             gathered = value_bytes * (two_layers + config.count_parameters().embedding) // grid.tensor
     activations = activation_bytes(
         config, batch_size=batch_size, length=length, checkpointing=checkpointing, frozen=True, tensor=grid.tensor
@@ -443,12 +274,3 @@ def _loss_bytes(config: Gemma2Config, *, tensor: int = 1) -> int:
     # A chunk's logits in bf16, whose place their gradient takes, and five float32 values for each of a block.
     num_words = config.vocab_size // tensor
     return loss_chunk_tokens(num_words) * num_words * 2 + 5 * 4 * BLOCK_LOGITS
-
-
-def _layer_parameters(config: Gemma2Config) -> int:
-    """Of the linear maps of one layer."""
-    return sum(outputs * inputs for outputs, inputs in layer_matrices(config).values())
-
-
-def _norm_parameters(config: Gemma2Config) -> int:
-    return (4 * config.num_hidden_layers + 1) * config.hidden_size
