@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from gemma2.config import Gemma2Config
 from gemma2.data import PackedBatch
 from gemma2.model.modeling import Gemma2ForCausalLM
-from gemma2.training.objectives import Batch
+from gemma2.training.objectives import Batch, next_token_objective
 
 CONFIG = Gemma2Config(
     hidden_size=32,
@@ -57,9 +58,58 @@ def packed_row(*lengths: int, padding: int = 0, seed: int = 0) -> PackedBatch:
     return PackedBatch(input_ids=arrays[0], labels=arrays[1], positions=arrays[2], segment_ids=arrays[3])
 
 
+def stacked(*batches: PackedBatch) -> PackedBatch:
+    """One batch with all their rows, which are of one length."""
+    names = [field.name for field in dataclasses.fields(PackedBatch)]
+    return PackedBatch(**{name: np.concatenate([getattr(batch, name) for batch in batches]) for name in names})
+
+
 def batch_of(packed: PackedBatch) -> Batch:
     """On the CPU."""
     return Batch.on_device(packed, torch.device("cpu"))
+
+
+DOCUMENTS = packed_row(9, 14, 3, padding=4)
+
+
+def with_adapter(
+    model: Gemma2ForCausalLM, *, std: float = 0.3, is_lean: bool = True, **settings: Any
+) -> Gemma2ForCausalLM:
+    """Puts adapters into a model, in place, whose updates are not zero.
+
+    Args:
+        model: to adapt.
+        std: of the updates' second matrices.
+        is_lean: whether our arithmetic computes them, or PEFT's own.
+        settings: those of `AdapterSettings`.
+    """
+    from gemma2.training.adapters import add_adapter
+    from gemma2.training.tune_settings import AdapterSettings
+
+    add_adapter(model, AdapterSettings(**{"r": 3, "lora_alpha": 6, **settings}), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+    for module in model.modules():
+        if not is_lean and hasattr(module, "lora_A"):
+            vars(module).pop("forward", None)
+    return model
+
+
+def loss_and_gradients(
+    model: Gemma2ForCausalLM, dtype: torch.dtype, packed: PackedBatch = DOCUMENTS
+) -> tuple[float, dict[str, Tensor]]:
+    """The summed loss of the next token with products in `dtype`, and its gradient by each trained parameter."""
+    model.zero_grad()
+    loss = next_token_objective(compute_dtype=dtype, compiled=False)(model, batch_of(packed))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad
+    return loss.item(), gradients
 
 
 def reference_logits(model: Gemma2ForCausalLM, packed: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,35 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import batch_of, packed_row, small_model
+from small_model import batch_of, loss_and_gradients, packed_row, small_model, with_adapter
 
 from gemma2.errors import ConfigError
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.activation_checkpointing import checkpoint_layers
-from gemma2.training.adapters import add_adapter
-from gemma2.training.lean_lora import use_lean_lora
-from gemma2.training.objectives import next_token_objective
-from gemma2.training.tune_settings import AdapterSettings
 
 pytest.importorskip("peft")
 
 
-def gradients(model: Gemma2ForCausalLM, dtype: torch.dtype) -> list[torch.Tensor]:
-    objective = next_token_objective(compute_dtype=dtype, compiled=False)
-    loss = objective(model, batch_of(packed_row(9, 14, 3, padding=4)))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [loss.detach(), *torch.autograd.grad(loss, trained)]
-
-
 def adapted(dtype: torch.dtype, dropout: float = 0.0) -> Gemma2ForCausalLM:
-    model = small_model(dtype)
-    generator = torch.Generator().manual_seed(1)
-    add_adapter(model, AdapterSettings(r=3, lora_alpha=6, lora_dropout=dropout), seed=0)
-    use_lean_lora(model)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model
+    return with_adapter(small_model(dtype), lora_dropout=dropout)
 
 
 @pytest.mark.parametrize("num_layers", [True, 3])
@@ -53,10 +35,11 @@ def test_the_same_bits(kind: str, num_layers: int | bool) -> None:
         if is_checkpointed:
             checkpoint_layers(model, num_layers)
         assert list(model.state_dict()) == names
-        results.append(gradients(model, dtype))
-    for kept, again in zip(*results, strict=True):
-        assert torch.equal(kept, again)
-        assert kept.any()
+        results.append(loss_and_gradients(model, dtype))
+    (kept_loss, kept), (again_loss, again) = results
+    assert kept_loss == again_loss and kept.keys() == again.keys()
+    for name, gradient in kept.items():
+        assert torch.equal(gradient, again[name]) and gradient.any(), name
 
 
 def kept_bytes(model: Gemma2ForCausalLM) -> int:

@@ -7,41 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import batch_of, packed_row, small_model
+from small_model import DOCUMENTS, batch_of, loss_and_gradients, packed_row, small_model, with_adapter
 from torch import Tensor
 
 from gemma2.model.modeling import Gemma2ForCausalLM
-from gemma2.training.adapters import adapters_disabled, add_adapter
+from gemma2.training.adapters import adapters_disabled
 from gemma2.training.lean_lora import use_lean_lora
 from gemma2.training.objectives import next_token_objective
-from gemma2.training.tune_settings import AdapterSettings
 
 pytest.importorskip("peft")
 
 
-def adapted(dtype: torch.dtype = torch.float64, *, is_lean: bool = True, **settings: Any) -> Gemma2ForCausalLM:
-    """With updates that are not zero."""
-    model = small_model(dtype)
-    add_adapter(model, AdapterSettings(**{"r": 3, "lora_alpha": 6, **settings}), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    if is_lean:
-        use_lean_lora(model)
-    return model
+def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> Gemma2ForCausalLM:
+    return with_adapter(small_model(dtype), **settings)
 
 
 def loss_of(model: Gemma2ForCausalLM, dtype: torch.dtype = torch.float64) -> Tensor:
-    return next_token_objective(compute_dtype=dtype, compiled=False)(model, batch_of(packed_row(9, 14, 3, padding=4)))
-
-
-def loss_and_gradients(model: Gemma2ForCausalLM, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
-    loss = loss_of(model, dtype)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
-    return loss.item(), gradients  # type: ignore[return-value]
+    return next_token_objective(compute_dtype=dtype, compiled=False)(model, batch_of(DOCUMENTS))
 
 
 def assert_near(ours: Gemma2ForCausalLM, theirs: Gemma2ForCausalLM, dtype: torch.dtype, tolerance: float) -> None:
@@ -78,7 +60,7 @@ def test_float64_equals_the_formula() -> None:
         a, b = (factors.get(name.replace(".weight", f".lora_{side}.default.weight")) for side in "AB")
         if a is not None and b is not None:
             parameters[name] = parameters[name] + 2.0 * b @ a
-    batch = batch_of(packed_row(9, 14, 3, padding=4))
+    batch = batch_of(DOCUMENTS)
     places = {"position_ids": batch.position_ids, "segment_ids": batch.segment_ids}
     logits = torch.func.functional_call(plain, parameters, (batch.input_ids,), places)
     expected = torch.nn.functional.cross_entropy(logits[0], batch.labels[0], reduction="sum")

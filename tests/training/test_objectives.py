@@ -5,33 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_model import batch_of, packed_row, small_model
+from small_model import DOCUMENTS, batch_of, loss_and_gradients, packed_row, small_model
 
 from gemma2.data import PackedBatch
-from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.objectives import next_token_objective
-
-
-def _loss_and_gradients(model: Gemma2ForCausalLM, packed: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
-    objective = next_token_objective(compute_dtype=torch.float64, compiled=False)
-    loss = objective(model, batch_of(packed))
-    names = [name for name, _ in model.named_parameters()]
-    return loss.item(), dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
 def test_packed_documents_train_as_separate_ones() -> None:
     model = small_model()
-    whole_loss, whole = _loss_and_gradients(model, packed_row(9, 14, 3, padding=4))
-    packed = packed_row(9, 14, 3, padding=4)
+    whole_loss, whole = loss_and_gradients(model, torch.float64)
     losses, parts = [], []
     for first, last in ((0, 9), (9, 23), (23, 26)):
         piece = PackedBatch(
-            input_ids=packed.input_ids[:, first:last],
-            labels=packed.labels[:, first:last],
-            positions=packed.positions[:, first:last],
+            input_ids=DOCUMENTS.input_ids[:, first:last],
+            labels=DOCUMENTS.labels[:, first:last],
+            positions=DOCUMENTS.positions[:, first:last],
             segment_ids=np.ones((1, last - first), dtype=np.int64),
         )
-        loss, gradients = _loss_and_gradients(model, piece)
+        loss, gradients = loss_and_gradients(model, torch.float64, piece)
         losses.append(loss)
         parts.append(gradients)
     assert whole_loss == pytest.approx(sum(losses), rel=1e-12)

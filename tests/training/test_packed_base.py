@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import CONFIG, batch_of, packed_row
+from small_model import CONFIG, batch_of, loss_and_gradients, packed_row, with_adapter
 from torch import Tensor, nn
 
 from gemma2 import _kernels as kernels
@@ -16,7 +16,6 @@ from gemma2.model.loading import load_model, state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.adapters import add_adapter
 from gemma2.training.head_loss import head_of
-from gemma2.training.objectives import next_token_objective
 from gemma2.training.packed_base import EngineProducts, PackedEmbedding, PackedLinear, load_packed
 from gemma2.training.preference import segment_log_probs
 from gemma2.training.tune_settings import AdapterSettings
@@ -43,13 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def adapted(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
-    """With updates that are not zero."""
-    add_adapter(model, AdapterSettings(r=4, lora_alpha=8), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model
+    return with_adapter(model, r=4, lora_alpha=8, std=0.1)
 
 
 def with_the_same_numbers(model: Gemma2ForCausalLM, checkpoint: Checkpoint) -> Gemma2ForCausalLM:
@@ -64,11 +57,8 @@ def with_the_same_numbers(model: Gemma2ForCausalLM, checkpoint: Checkpoint) -> G
 
 def loss_and_gradient(model: Gemma2ForCausalLM, dtype: torch.dtype = torch.float32) -> tuple[float, Tensor]:
     """Of a row of three documents; the gradients of all adapters one after the other."""
-    batch = batch_of(packed_row(9, 14, 3, padding=4))
-    loss = next_token_objective(compute_dtype=dtype, compiled=False)(model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [p.grad for p in model.parameters() if p.requires_grad]
-    return loss.item(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+    loss, gradients = loss_and_gradients(model, dtype)
+    return loss, torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 @pytest.mark.parametrize("weight_format", ["q8", "q4"])

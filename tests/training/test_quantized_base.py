@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 
-import numpy as np
 import pytest
 import torch
-from small_model import batch_of, packed_row, small_model
+from small_model import DOCUMENTS, batch_of, loss_and_gradients, packed_row, small_model, stacked, with_adapter
 from torch import Tensor, nn
 
 from gemma2.data import PackedBatch
 from gemma2.model.modeling import Gemma2ForCausalLM
-from gemma2.training.adapters import add_adapter
 from gemma2.training.objectives import next_token_objective
 from gemma2.training.quantized_base import quantized_linear
-from gemma2.training.tune_settings import AdapterSettings
 
 pytest.importorskip("peft")
 functional = pytest.importorskip("bitsandbytes.functional")
 
 
-def stacked(*rows: PackedBatch) -> PackedBatch:
-    """One batch of batches."""
-    names = [field.name for field in dataclasses.fields(PackedBatch)]
-    return PackedBatch(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})
-
-
 KINDS = ["nf4", "int8"]
 BATCHES = {
     "one token": packed_row(1),
-    "one row": packed_row(9, 14, 3, padding=4),
+    "one row": DOCUMENTS,
     "rows": stacked(packed_row(20), packed_row(7, 13, seed=1)),
 }
 
@@ -58,21 +48,8 @@ def quantized_and_widened(kind: str) -> tuple[Gemma2ForCausalLM, Gemma2ForCausal
             setattr(quantized.model.layers.get_submodule(parent), child, module)
             linear.weight.data = dequantized(module)
     for model in (quantized, widened):
-        add_adapter(model, AdapterSettings(r=3, lora_alpha=6), seed=0)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.3, generator=generator)
+        with_adapter(model)
     return quantized, widened
-
-
-def loss_and_gradients(model: Gemma2ForCausalLM, batch: PackedBatch) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = next_token_objective(compute_dtype=torch.float32, compiled=False)(model, batch_of(batch))
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    assert len(gradients) == 2 * 2 * 7
-    return loss.item(), gradients
 
 
 @pytest.mark.filterwarnings("error")
@@ -80,9 +57,10 @@ def loss_and_gradients(model: Gemma2ForCausalLM, batch: PackedBatch) -> tuple[fl
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_losses_and_gradients_are_those_of_the_widened_weights(kind: str, batch: PackedBatch) -> None:
     quantized, widened = quantized_and_widened(kind)
-    expected, expected_gradients = loss_and_gradients(widened, batch)
+    expected, expected_gradients = loss_and_gradients(widened, torch.float32, batch)
+    assert len(expected_gradients) == 2 * 2 * 7
     for moment in ("at first", "after a validation"):
-        loss, gradients = loss_and_gradients(quantized, batch)
+        loss, gradients = loss_and_gradients(quantized, torch.float32, batch)
         assert loss == pytest.approx(expected, rel=1e-5), moment
         for name, gradient in gradients.items():
             wanted = expected_gradients[name]
