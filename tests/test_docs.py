@@ -63,7 +63,9 @@ def _names(body: list[ast.stmt], *, prefix: str) -> Iterator[str]:
 
 
 def module_name(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT / "src").with_suffix("").parts) if file.is_relative_to(ROOT / "src") else ""
+    if not file.is_relative_to(ROOT / "src"):
+        return ""
+    return ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_links_lead_to_files(page: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from small_run import KilledError, changed
+
 from gemma2.config import Gemma2Config
 from gemma2.distributed import joined_ranks
 from gemma2.training.loop import StepReport
@@ -29,10 +31,6 @@ BASE = Gemma2Config(
 )
 FSDP: dict[str, Any] = {"data": 2}
 TENSOR: dict[str, Any] = {"tensor": 2}
-
-
-class KilledError(Exception):
-    """Stands for a process that is killed."""
 
 
 @dataclass
@@ -59,7 +57,7 @@ class Curve:
 
 def pretrain_settings(corpus: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a model whose vocabulary, 530, and rows of batches divide by two and not by four."""
-    return _changed(
+    return changed(
         {
             "output": str(output),
             "model": {
@@ -103,7 +101,7 @@ def pretrain_settings(corpus: Path, output: Path, **changes: Any) -> dict[str, A
 
 def tune_settings(examples: Path, base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """Settings of an adapter whose width does not divide by two."""
-    return _changed(
+    return changed(
         {
             "output": str(output),
             "model": {"name": str(base)},
@@ -129,7 +127,7 @@ def tune_settings(examples: Path, base: Path, output: Path, **changes: Any) -> d
 def distill_settings(corpus: Path, base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a new student of the base model."""
     pretraining = pretrain_settings(corpus, output)
-    return _changed(
+    return changed(
         {
             "output": str(output),
             "teacher": {"name": str(base)},
@@ -229,14 +227,3 @@ def command(arguments: list[str]) -> tuple[int, str]:
     with contextlib.redirect_stderr(io.StringIO()) as written:
         status = main(arguments)
     return status, written.getvalue()
-
-
-def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            values[key] = {**values[key], **value}
-        elif value is None:
-            values.pop(key, None)
-        else:
-            values[key] = value
-    return values

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from small_run import KilledError, Silent
+from small_run import (
+    SHORT_RUN,
+    KilledError,
+    Silent,
+    changed,
+    write_examples,
+    write_lines,
+    write_random_model,
+    written_settings,
+)
 
 import gemma2
-from gemma2.api import BUNDLED_FOLDER
-from gemma2.checkpoints import open_checkpoint, save_checkpoint
+from gemma2.checkpoints import open_checkpoint
 from gemma2.cli.main import main
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, ConfigError
-from gemma2.model.loading import state_arrays
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.distill import check_settings, distill, write_cache
-from gemma2.training.distill_settings import DistillSettings, load_distill_settings
+from gemma2.training.distill_settings import DistillSettings
 from gemma2.training.distillation import torch_teacher
 from gemma2.training.engine_teacher import engine_teacher
 from gemma2.training.objectives import Batch
@@ -41,26 +45,17 @@ SHAPE = {
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with the bundled tokenizer, sure of itself."""
     config = Gemma2Config.from_dict({**SHAPE, "hidden_size": 64, "vocab_size": 8192}, source="test")
-    model = Gemma2ForCausalLM(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3, generator=generator)
-    folder = tmp_path_factory.mktemp("teacher")
-    files = [BUNDLED_FOLDER / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
-    yield save_checkpoint(folder, config, state_arrays(model), tokenizer_files=files)
+    return write_random_model(tmp_path_factory.mktemp("teacher"), config, std=0.3)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = [{"question": f"How much is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(24)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = write_examples(tmp_path_factory.mktemp("data"))
     text = "The old man looked at her and said that he would go to the river in the morning. "
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text * 8}) + "\n" for _ in range(12)))
+    write_lines(folder / "text.jsonl", [{"text": text * 8}] * 12)
     return folder
 
 
@@ -71,26 +66,9 @@ def settings_of(tmp_path: Path, base: Path, corpus: Path, name: str = "run", **c
         "student": {"model": SHAPE},
         "text": {"train": [str(corpus / "text.jsonl")], "shuffle_buffer": 20},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
-        "run": {
-            "num_steps": 6,
-            "batch_size": 4,
-            "sequence_length": 32,
-            "num_threads": 1,
-            "log_every": 1,
-            "checkpoint_every": 2,
-            "save_dtype": "float32",
-        },
+        "run": {**SHORT_RUN, "sequence_length": 32},
     }
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            values[key] = {**values[key], **value}
-        elif value is None:
-            values.pop(key, None)
-        else:
-            values[key] = value
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return load_distill_settings(path)
+    return written_settings(DistillSettings, tmp_path / f"{name}.yaml", changed(values, changes))
 
 
 def run(settings: DistillSettings, progress: Silent | None = None) -> Path | None:

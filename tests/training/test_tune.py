@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from small_run import KilledError, Silent
+from small_run import (
+    SHORT_RUN,
+    KilledError,
+    Silent,
+    changed,
+    write_examples,
+    write_random_model,
+    written_settings,
+)
 
 import gemma2
-from gemma2.api import BUNDLED_FOLDER
 from gemma2.checkpoints import open_adapter, open_checkpoint, save_checkpoint
 from gemma2.checkpoints.merging import averaged_tensors, folded_tensors
+from gemma2.cli.main import main
 from gemma2.config import Gemma2Config
 from gemma2.errors import CheckpointError, ConfigError, DataError
-from gemma2.model.loading import state_arrays
-from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.tune import check_settings, tune
-from gemma2.training.tune_settings import TuneSettings, load_tune_settings
+from gemma2.training.tune_settings import TuneSettings
 
 pytest.importorskip("peft")
 
@@ -42,31 +46,14 @@ IDS = [2, 105, 700, 900, 1200, 77, 3000, 12, 5, 4000, 41, 42, 43, 44, 45, 46, 47
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with the bundled tokenizer."""
-    model = Gemma2ForCausalLM(CONFIG)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.15, generator=generator)
-    folder = tmp_path_factory.mktemp("base")
-    files = [BUNDLED_FOLDER / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
-    yield save_checkpoint(folder, CONFIG, state_arrays(model), tokenizer_files=files)
+    return write_random_model(tmp_path_factory.mktemp("base"), CONFIG, std=0.15)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = [{"question": f"How much is {i} and {i}?", "answer": f"It is {2 * i}."} for i in range(24)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = [
-        {"prompt": f"How much is {i} and {i}?", "chosen": f"It is {2 * i}.", "rejected": "I do not know."}
-        for i in range(16)
-    ]
-    other = [{"question": "Who are you?", "answer": f"Call me {name}, if you must."} for name in ("Ishmael", "Emma")]
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return folder
+    return write_examples(tmp_path_factory.mktemp("data"))
 
 
 def settings_of(tmp_path: Path, examples: Path, name: str = "run", **changes: Any) -> TuneSettings:
@@ -75,26 +62,9 @@ def settings_of(tmp_path: Path, examples: Path, name: str = "run", **changes: An
         "adapter": {"r": 4},
         "data": {"train": [str(examples / "sums.jsonl")]},
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1},
-        "run": {
-            "num_steps": 6,
-            "batch_size": 4,
-            "dtype": "float32",
-            "num_threads": 1,
-            "log_every": 1,
-            "checkpoint_every": 2,
-            "save_dtype": "float32",
-        },
+        "run": {**SHORT_RUN, "dtype": "float32"},
     }
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            values[key] = {**values[key], **value}
-        elif value is None:
-            values.pop(key, None)
-        else:
-            values[key] = value
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return load_tune_settings(path)
+    return written_settings(TuneSettings, tmp_path / f"{name}.yaml", changed(values, changes))
 
 
 def run(settings: TuneSettings, base: Path, progress: Silent | None = None, **kwargs: Any) -> Path | None:
@@ -344,3 +314,14 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, base: Path, dat
         open_adapter(tmp_path / "absent", CONFIG)
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
         open_adapter(base, CONFIG)
+
+
+def test_the_command(tmp_path: Path, base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings_of(tmp_path, data, model={"name": str(base)}, run={"num_steps": 1})
+    path = str(tmp_path / "run.yaml")
+    assert main(["tune", path, "--dry-run"]) == 0
+    shown = capsys.readouterr().err
+    assert "<start_of_turn>model\n⟦It is 0.<end_of_turn>⟧" in shown and "memory: about" in shown
+    assert main(["tune", path, "--set", "run.seed=1"]) == 0
+    folder = tmp_path / "run" / "adapter"
+    assert capsys.readouterr().err.endswith(f"wrote {folder}\ntry: gemma2 chat --model {base} --adapter {folder}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -10,10 +11,12 @@ from gemma2.cli.terminal import format_bytes
 from gemma2.cli.training_progress import (
     SEVERAL_PROCESSES,
     TokenizingBar,
-    TrainingBar,
+    add_settings_options,
     make_training_console,
     one_voice,
     require_libraries,
+    say_stopped,
+    show_run,
     stop_requests,
     training_ranks,
 )
@@ -53,14 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="[cache] SETTINGS.yaml", help="cache: write the teacher's words, and train nothing"
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting, as in --set run.num_steps=100; may be given several times",
+    add_settings_options(
+        parser, example="run.num_steps=100", dry_run="check settings and data, print the plan and stop"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check settings and data, print the plan and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,18 +81,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, settings: DistillSettings, ranks: Ranks, *, writes_cache: bool) -> int:
-    from gemma2.cli.source import find_folder
+    from gemma2.cli.source import find_folder_of_setting, model_options
     from gemma2.training.distill import check_settings, distill
 
     if writes_cache and ranks.world_size > 1:
         raise ConfigError("gemma2 distill cache runs in one process; start it without torchrun, once")
-    teacher, student = settings.teacher.name, settings.student.name
+    student = settings.student.name
     console = make_training_console(ranks)
     with TokenizingBar(console) as bar:
         plan = check_settings(
             settings,
-            find_folder(None if teacher == "bundled" else teacher),
-            None if student is None else find_folder(None if student == "bundled" else student),
+            find_folder_of_setting(settings.teacher.name),
+            None if student is None else find_folder_of_setting(student),
             on_tokenizing=bar.on_progress,
             for_cache=writes_cache or args.dry_run,
             ranks=ranks,
@@ -105,21 +103,12 @@ def _run(args: argparse.Namespace, settings: DistillSettings, ranks: Ranks, *, w
         return 0
     if writes_cache:
         return _write_cache(settings, plan, console)
-    with stop_requests(console) as should_stop, TrainingBar(console) as progress:
-        folder = distill(
-            settings,
-            plan,
-            progress=progress,
-            say=lambda line: console.print(line, highlight=False),
-            should_stop=should_stop,
-            ranks=ranks,
-        )
-    if folder is None:
-        console.print("stopped; the same command goes on from here", highlight=False)
-        return 130
-    option = f"--adapter {folder}" if settings.adapter is not None else f"--model {folder}"
-    console.print(f"wrote {folder}\ntry: gemma2 generate {option} 'Once upon a time'", highlight=False)
-    return 0
+    base = None if settings.adapter is None else student
+    return show_run(
+        console,
+        partial(distill, settings, plan, ranks=ranks),
+        next_command=lambda folder: f"gemma2 generate {model_options(folder, base=base)} 'Once upon a time'",
+    )
 
 
 def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console, ranks: Ranks) -> None:
@@ -176,8 +165,7 @@ def _write_cache(settings: DistillSettings, plan: DistillPlan, console: Console)
 
         is_whole = write_cache(settings, plan, folder, on_step=on_step, should_stop=should_stop)
     if not is_whole:
-        console.print("stopped; the same command goes on from here", highlight=False)
-        return 130
+        return say_stopped(console)
     size = sum(path.stat().st_size for path in folder.iterdir())
     console.print(f"wrote {folder}: {plan.num_steps:,} steps, {format_bytes(size)}", highlight=False)
     return 0

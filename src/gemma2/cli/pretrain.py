@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.cli.training_progress import (
     SEVERAL_PROCESSES,
-    TrainingBar,
+    add_settings_options,
     make_training_console,
     one_voice,
     require_libraries,
-    stop_requests,
+    show_run,
     training_ranks,
 )
 
@@ -31,14 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = SEVERAL_PROCESSES.format(verb="pretrain")
     parser.add_argument("settings", type=Path, metavar="SETTINGS.yaml", help="see examples/pretrain-*.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting, as in --set run.num_steps=100; may be given several times",
+    add_settings_options(
+        parser, example="run.num_steps=100", dry_run="check settings and data, print the plan and stop"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check settings and data, print the plan and stop")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,19 +55,11 @@ def _run(args: argparse.Namespace, settings: PretrainSettings, ranks: Ranks) -> 
     if args.dry_run:
         _print_plan(settings, console, ranks)
         return 0
-    with stop_requests(console) as should_stop, TrainingBar(console) as bar:
-        folder = pretrain(
-            settings,
-            progress=bar,
-            say=lambda line: console.print(line, highlight=False),
-            should_stop=should_stop,
-            ranks=ranks,
-        )
-    if folder is None:
-        console.print("stopped; the same command goes on from here", highlight=False)
-        return 130
-    console.print(f"wrote {folder}\ntry: gemma2 generate --model {folder} 'Once upon a time'", highlight=False)
-    return 0
+    return show_run(
+        console,
+        partial(pretrain, settings, ranks=ranks),
+        next_command=lambda folder: f"gemma2 generate --model {folder} 'Once upon a time'",
+    )
 
 
 def _print_plan(settings: PretrainSettings, console: Console, ranks: Ranks) -> None:

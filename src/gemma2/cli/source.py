@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from gemma2.config import PRESETS, Gemma2Config
 from gemma2.errors import CheckpointError
+
+BUNDLED: Final = "bundled"
 
 
 def find_folder(name: str | None) -> Path:
@@ -35,6 +38,23 @@ def find_folder(name: str | None) -> Path:
             f"google/gemma-2-{size}"
         )
     return resolve_model(name)
+
+
+def find_folder_of_setting(name: str) -> Path:
+    """As `find_folder`, of a name in a settings file, where "bundled" is the bundled model."""
+    return find_folder(None if name == BUNDLED else name)
+
+
+def model_options(folder: Path, *, base: str | None) -> str:
+    """The options that name what a training run wrote.
+
+    Args:
+        folder: what it wrote.
+        base: the name of the model that an adapter belongs to; None if the folder is a model.
+    """
+    if base is None:
+        return f"--model {folder}"
+    return f"--adapter {folder}" if base == BUNDLED else f"--model {base} --adapter {folder}"
 
 
 def find_config(name: str | None) -> tuple[str, Gemma2Config]:

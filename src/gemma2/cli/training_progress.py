@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from gemma2.cli.terminal import format_bytes, format_duration
 from gemma2.errors import MissingDependencyError
@@ -28,8 +29,34 @@ if TYPE_CHECKING:
 
     from gemma2.data import TokenizingProgress
     from gemma2.distributed import Ranks
-    from gemma2.training.loop import StepReport
+    from gemma2.training.loop import Progress, StepReport
     from gemma2.training.settings import LoopSettings, ParallelSettings
+
+
+class Run(Protocol):
+    """Trains, and returns what was written; None if it was stopped before the end."""
+
+    def __call__(
+        self, *, progress: Progress, say: Callable[[str], None], should_stop: Callable[[], bool]
+    ) -> Path | None: ...
+
+
+def add_settings_options(parser: argparse.ArgumentParser, *, example: str, dry_run: str) -> None:
+    """Declares --set and --dry-run.
+
+    Args:
+        parser: of a verb with a settings file.
+        example: a setting to change, such as "run.num_steps=100".
+        dry_run: what --dry-run does.
+    """
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help=f"change one setting, as in --set {example}; may be given several times",
+    )
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
 
 
 def require_libraries(*names: str) -> None:
@@ -94,6 +121,31 @@ def stop_requests(console: Console) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def show_run(console: Console, run: Run, *, next_command: Callable[[Path], str]) -> int:
+    """Trains where a person can see it, and stop it.
+
+    Args:
+        console: where to.
+        run: what trains.
+        next_command: from what was written to a command line that uses it.
+
+    Returns:
+        The status for the shell.
+    """
+    with stop_requests(console) as should_stop, TrainingBar(console) as progress:
+        folder = run(progress=progress, say=lambda line: console.print(line, highlight=False), should_stop=should_stop)
+    if folder is None:
+        return say_stopped(console)
+    console.print(f"wrote {folder}\ntry: {next_command(folder)}", highlight=False)
+    return 0
+
+
+def say_stopped(console: Console) -> int:
+    """Says how to go on, and returns the status for the shell."""
+    console.print("stopped; the same command goes on from here", highlight=False)
+    return 130
 
 
 class TrainingBar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -10,11 +11,11 @@ from gemma2.cli.terminal import format_bytes
 from gemma2.cli.training_progress import (
     SEVERAL_PROCESSES,
     TokenizingBar,
-    TrainingBar,
+    add_settings_options,
     make_training_console,
     one_voice,
     require_libraries,
-    stop_requests,
+    show_run,
     training_ranks,
 )
 
@@ -47,15 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _EXAMPLES + SEVERAL_PROCESSES.format(verb="tune")
     parser.add_argument("settings", type=Path, metavar="SETTINGS.yaml", help="see examples/tune-*.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="change one setting, as in --set run.num_epochs=3; may be given several times",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check settings and data, show an example and the plan, and stop"
+    add_settings_options(
+        parser,
+        example="run.num_epochs=3",
+        dry_run="check settings and data, show an example and the plan, and stop",
     )
 
 
@@ -74,33 +70,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, settings: TuneSettings, ranks: Ranks) -> int:
-    from gemma2.cli.source import find_folder
+    from gemma2.cli.source import find_folder_of_setting, model_options
     from gemma2.training.tune import check_settings, tune
 
-    name = settings.model.name
-    base_folder = find_folder(None if name == "bundled" else name)
+    base_folder = find_folder_of_setting(settings.model.name)
     console = make_training_console(ranks)
     with TokenizingBar(console) as bar:
         plan = check_settings(settings, base_folder, on_tokenizing=bar.on_progress, ranks=ranks)
     if args.dry_run:
         _print_plan(settings, plan, console, ranks)
         return 0
-    with stop_requests(console) as should_stop, TrainingBar(console) as progress:
-        folder = tune(
-            settings,
-            plan,
-            progress=progress,
-            say=lambda line: console.print(line, highlight=False),
-            should_stop=should_stop,
-            ranks=ranks,
-        )
-    if folder is None:
-        console.print("stopped; the same command goes on from here", highlight=False)
-        return 130
-    base = "" if settings.adapter is None or name == "bundled" else f" --model {name}"
-    option = f"--model {folder}" if settings.adapter is None else f"{base.strip()} --adapter {folder}".strip()
-    console.print(f"wrote {folder}\ntry: gemma2 chat {option}", highlight=False)
-    return 0
+    base = None if settings.adapter is None else settings.model.name
+    return show_run(
+        console,
+        partial(tune, settings, plan, ranks=ranks),
+        next_command=lambda folder: f"gemma2 chat {model_options(folder, base=base)}",
+    )
 
 
 def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks: Ranks) -> None:
