@@ -126,6 +126,7 @@ def save_adapter(
     config = _lora_config(settings)
     config.base_model_name_or_path = base_model
     config.inference_mode = True
+    config.target_modules = sorted(settings.modules)  # PEFT keeps a set, whose order differs from process to process
     # One after the other, and in each process alike: a part may have to be fetched from each.
     whole = {name: whole_tensor(p) for name, p in model.named_parameters() if "lora_" in name}
     tensors = get_peft_model_state_dict(model, state_dict=whole, adapter_name=_NAME)
