@@ -48,7 +48,7 @@ class Curve:
         if report.step == self.die_at:
             raise KilledError
 
-    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def on_validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         self.validations[step] = loss
 
     def on_checkpoint(self, path: Path) -> None:

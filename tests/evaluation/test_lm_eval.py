@@ -337,7 +337,9 @@ def test_tasks_from_local_files(llm: LLM, tmp_path: Path, monkeypatch: pytest.Mo
         assert sample["resps"] == [[expected]]
 
 
-def test_the_verb_hands_its_arguments_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_hands_its_arguments_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[str]] = []
 
     def cli_evaluate() -> None:
@@ -354,11 +356,18 @@ def test_the_verb_hands_its_arguments_on(capsys: pytest.CaptureFixture[str], mon
     assert main(["lm-eval", "run", "--model=hf", "--tasks", "a"]) == 0
     assert main(["lm-eval", "run", "--help"]) == 0
     assert main(["lm-eval"]) == 0
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("tasks: [a]\n")
+    assert main(["lm-eval", "run", "--config", str(settings)]) == 0
+    settings.write_text("model: hf\ntasks: [a]\n")
+    assert main(["lm-eval", "run", f"--config={settings}"]) == 0
     assert seen == [
         ["lm-eval", "run", "--tasks", "a,b", "--limit", "3", "--model", "gemma2"],
         ["lm-eval", "run", "--model=hf", "--tasks", "a"],
         ["lm-eval", "run", "--help"],
         ["lm-eval"],
+        ["lm-eval", "run", "--config", str(settings), "--model", "gemma2"],
+        ["lm-eval", "run", f"--config={settings}"],
     ]
     assert main(["lm-eval", "ls", "tasks"]) == EXIT_FAILED
     assert capsys.readouterr().err == "gemma2: error: lm-eval ended with KeyError: 'tasks' (--debug shows where)\n"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -11,6 +16,7 @@ from typing import Any, Final, TypeVar
 import torch
 import yaml
 
+import gemma2
 from gemma2.api import BUNDLED_FOLDER
 from gemma2.checkpoints import save_checkpoint
 from gemma2.config import Gemma2Config
@@ -112,6 +118,34 @@ run: {{num_steps: 12, batch_size: 4, sequence_length: 32, num_threads: 1, log_ev
 """
 
 
+def kill_and_finish(arguments: list[str], log: Path, *, num_kills: int = 2) -> None:
+    """The real program, killed at random moments, then left to finish.
+
+    Args:
+        arguments: of `gemma2`.
+        log: a file of lines that a run writes; kills come soon after it has grown.
+        num_kills: how many.
+    """
+    command = [sys.executable, "-m", "gemma2", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(gemma2.__file__).parent.parent)}
+    draw = random.Random(os.getpid())
+
+    def num_lines() -> int:
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    for _ in range(num_kills):
+        lines_before = num_lines()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        while process.poll() is None and num_lines() < min(lines_before, 6) + 1:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), errors  # 0: it was done before it could be killed
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+
+
 class KilledError(Exception):
     """Stands for a process that is killed."""
 
@@ -129,7 +163,7 @@ class Silent:
         if report.step == self._die_at:
             raise KilledError
 
-    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def on_validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         self.validations.append((step, loss))
 
     def on_checkpoint(self, path: Path) -> None:

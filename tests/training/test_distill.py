@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from small_run import (
     SHORT_RUN,
     KilledError,
     Silent,
     changed,
+    kill_and_finish,
     write_examples,
     write_lines,
     write_random_model,
@@ -23,7 +28,7 @@ import gemma2
 from gemma2.checkpoints import open_checkpoint
 from gemma2.cli.main import main
 from gemma2.config import Gemma2Config
-from gemma2.errors import CheckpointError, ConfigError
+from gemma2.errors import CheckpointError, ConfigError, DataError
 from gemma2.model.modeling import Gemma2ForCausalLM
 from gemma2.training.distill import check_settings, distill, write_cache
 from gemma2.training.distill_settings import DistillSettings
@@ -152,19 +157,17 @@ def test_a_cache_of_all_words_teaches_the_same(tmp_path: Path, teacher: Path, da
     settings = settings_of(tmp_path, teacher, data, "cached", **changes)
     plan = check_settings(settings, teacher, None, for_cache=True)
     done: list[int] = []
-    asked = iter([True])
-    assert write_cache(
+    asked = iter([False, False, True])
+    assert not write_cache(
         settings, plan, cache, on_step=lambda step, n: done.append(n), should_stop=lambda: next(asked, False)
-    ) in (
-        True,
-        False,
     )
+    assert len(done) == 3, "it stops after a step"
+    with pytest.raises(CheckpointError, match="is not whole, from step 0 on; `gemma2 distill cache` goes on"):
+        run(settings)
     again: list[int] = []
     assert write_cache(settings, plan, cache, on_step=lambda step, n: again.append(n))
     assert len(again) == plan.num_steps
-    if plan.num_steps > 16:
-        assert len(done) == 16, "it stops after a file"
-        assert again[:16] == [0] * 16, "and goes on after what is there"
+    assert again[:3] == [0] * 3 and all(again[3:]), "and goes on after what is there"
     cached = Silent()
     run(settings, cached)
     assert cached.losses == pytest.approx(live.losses, rel=2e-3)
@@ -184,9 +187,129 @@ def test_a_cache_of_all_words_teaches_the_same(tmp_path: Path, teacher: Path, da
     file.write_bytes(contents)
     with pytest.raises(CheckpointError, match="its checksum is another one"):
         run(settings_of(tmp_path, teacher, data, "damaged", **changes))
+    again.clear()
+    assert write_cache(settings, plan, cache, on_step=lambda step, n: again.append(n))
+    assert all(again[:5]) and again[16:] == [0] * len(again[16:]), "what is damaged is written anew, and nothing else"
+    mended = Silent()
+    run(settings_of(tmp_path, teacher, data, "mended", **changes), mended)
+    assert mended.losses == cached.losses
     changes["run"] = {**changes["run"], "seed": 3}
     with pytest.raises(ConfigError, match=r"is a cache of something else \(identity.run.seed: 0 then, 3 now\)"):
         run(settings_of(tmp_path, teacher, data, "other", **changes))
+
+
+def written_cache(settings: DistillSettings, teacher: Path) -> Path:
+    assert settings.teacher.cache is not None
+    plan = check_settings(settings, teacher, None, for_cache=True)
+    assert write_cache(settings, plan, settings.teacher.cache, on_step=lambda step, n: None)
+    return settings.teacher.cache
+
+
+def test_a_cache_becomes_longer(tmp_path: Path, teacher: Path, data: Path) -> None:
+    changes: dict[str, Any] = {"teacher": {"cache": str(tmp_path / "cache"), "cache_top_k": 8}}
+    short = settings_of(tmp_path, teacher, data, "short", **changes, run={"num_steps": 3})
+    cache = written_cache(short, teacher)
+    longer = settings_of(tmp_path, teacher, data, "longer", **changes, run={"num_steps": 5})
+    with pytest.raises(ConfigError, match="holds 3 steps, but the run takes 5; `gemma2 distill cache` with this run"):
+        run(longer)
+    steps: list[int] = []
+    plan = check_settings(longer, teacher, None, for_cache=True)
+    assert write_cache(longer, plan, cache, on_step=lambda step, n: steps.append(n))
+    assert steps[:3] == [0] * 3 and all(steps[3:])
+    run(longer)
+    run(short)
+    per_token = 8 * (2 + 2) + 4  # words of 8,192 in two bytes, log-probabilities in two, the rest's in four
+    num_tokens = 5 * 4 * 32
+    size = sum(file.stat().st_size for file in cache.glob("steps-*"))
+    assert 0.8 * num_tokens * per_token < size < num_tokens * per_token + 1000, "the size that is stated"
+
+
+def test_a_cache_belongs_to_its_teacher_and_its_texts(tmp_path: Path, teacher: Path, data: Path) -> None:
+    own, texts = tmp_path / "teacher", tmp_path / "texts.jsonl"
+    shutil.copytree(teacher, own)
+    shutil.copy(data / "text.jsonl", texts)
+    changes: dict[str, Any] = {
+        "teacher": {"cache": str(tmp_path / "cache"), "cache_top_k": 8},
+        "text": {"train": [str(texts)], "shuffle_buffer": 20},
+    }
+    cache = written_cache(settings_of(tmp_path, own, data, **changes), own)
+    moved = own.rename(tmp_path / "moved")
+    run(settings_of(tmp_path, moved, data, "moved-run", **changes))  # wherever it lies
+    with pytest.raises(ConfigError, match=r"identity\.teacher\.weights: 'float32' then, 'bfloat16' now"):
+        run(settings_of(tmp_path, moved, data, "b", **changes, run={"dtype": "bfloat16"}))
+
+    texts.write_text(texts.read_text().replace("old man", "young woman"))
+    settings = settings_of(tmp_path, moved, data, "c", **changes)
+    with pytest.raises(CheckpointError, match="step 0 was written for another batch"):
+        run(settings)
+    with pytest.raises(CheckpointError, match="step 0 was written for another batch"):
+        written_cache(settings, moved)
+
+    config = open_checkpoint(teacher).config
+    shutil.rmtree(moved)
+    write_random_model(moved, config, std=0.2)
+    for use in (run, partial(written_cache, teacher=moved)):
+        with pytest.raises(ConfigError, match=r"is a cache of something else \(identity\.teacher\.files"):
+            use(settings)
+
+    info = cache / "cache.json"
+    good = json.loads(info.read_text())
+    for change in ({"num_steps": "x"}, {"top_k": None}, {"identity": 3}, {"version": 1}):
+        info.write_text(json.dumps({**good, **change}))
+        with pytest.raises(CheckpointError, match=r"as the description of a cache|only 2 can be read"):
+            run(settings)
+    with FileLock(cache / ".lock"), pytest.raises(ConfigError, match="another process is writing this cache"):
+        written_cache(settings, moved)
+
+
+def test_killed_with_sigkill_at_any_moment(tmp_path: Path, teacher: Path, data: Path) -> None:
+    whole = run(settings_of(tmp_path, teacher, data, "whole", run={"num_steps": 12}))
+    settings_of(tmp_path, teacher, data, run={"num_steps": 12})
+    kill_and_finish(["distill", str(tmp_path / "run.yaml")], tmp_path / "run" / "log.jsonl")
+    assert weights(tmp_path / "run" / "model") == weights(whole)
+
+
+@pytest.mark.parametrize("kind", ["text", "examples"])
+def test_samples_of_rows_as_long_as_the_context(tmp_path: Path, teacher: Path, data: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"on_policy": {"prompt_tokens": 4}, "run": {"num_steps": 2, "sequence_length": 64}}
+    if kind == "examples":
+        changes |= {"text": None, "examples": {"train": [str(data / "sums.jsonl")], "packing": False}}
+    progress = Silent()
+    run(settings_of(tmp_path, teacher, data, **changes), progress)
+    assert len(progress.losses) == 2
+
+
+def test_models_and_data_that_do_not_fit(tmp_path: Path, teacher: Path, data: Path) -> None:
+    def check(message: str, error: type[Exception] = ConfigError, **changes: Any) -> None:
+        settings = settings_of(tmp_path, teacher, data, **changes)
+        student = None if settings.student.name is None else Path(settings.student.name)
+        with pytest.raises(error, match=message):  # as --dry-run looks
+            check_settings(settings, teacher, student, needs_cache=False)
+
+    swapped = tmp_path / "swapped"
+    shutil.copytree(teacher, swapped)
+    (swapped / "tokenizer.model").unlink()
+    tokenizer = json.loads((swapped / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["▁house"], words["▁river"] = words["▁river"], words["▁house"]
+    (swapped / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check(r"have other tokenizers \(piece", student={"name": str(swapped), "model": None})
+    check("must not pass the student's 64 tokens", run={"sequence_length": 65})
+    check("number of layers from 0 to 2, the layers of the model, but is 9", run={"gradient_checkpointing": 9})
+    check("must be a multiple of num_streams", text={"train": [str(data / "text.jsonl")], "num_streams": 3})
+    check("'absent'", DataError, text={"train": [str(data / "text.jsonl")], "text_key": "absent"})
+    pairs, sums = str(data / "pairs.jsonl"), str(data / "sums.jsonl")
+    long = {"sequence_length": 64}
+    check("examples.train holds preference pairs", DataError, text=None, examples={"train": [pairs]}, run=long)
+    examples = {"train": [sums], "validation": [pairs]}
+    check("examples.validation holds preference pairs", DataError, text=None, examples=examples, run=long)
+    examples = {"train": [sums], "validation": ["absent.jsonl"]}
+    check("absent", DataError, text=None, examples=examples)
+    check(
+        "must name layers from 0 to 1, but holds",
+        student={"name": str(teacher), "model": None},
+        adapter={"layers_to_transform": [77]},
+    )
 
 
 @pytest.mark.parametrize("source", ["live", "on policy", "cache"])
@@ -273,6 +396,11 @@ def test_students_that_exist_and_adapters(tmp_path: Path, teacher: Path, data: P
         ({"teacher": {"cache": "x"}, "on_policy": {}}, "what the student will say cannot be in"),
         ({"objective": {"kind": "kl"}}, "objective.kind"),
         ({"run": {"num_steps": None}}, "run.num_steps is needed with text"),
+        ({"objective": {"hard_label_weight": 0.5}, "on_policy": {}}, "must not take for the truth"),
+        ({"objective": {"kind": "forward_kl", "beta": 0.9}}, "beta is of jsd only, but kind is forward_kl"),
+        ({"objective": {"temperature": float("inf")}}, "objective.temperature: .*finite"),
+        ({"run": {"compile": True}}, "the loss of distillation has no such form"),
+        ({"on_policy": {"prompt_tokens": 100}}, r"prompt_tokens \(100\) must be below run.sequence_length \(32\)"),
     ],
 )
 def test_mistakes_in_settings(tmp_path: Path, data: Path, changes: dict[str, Any], message: str) -> None:
@@ -284,7 +412,8 @@ def test_the_command(tmp_path: Path, teacher: Path, data: Path, capsys: pytest.C
     settings_of(tmp_path, teacher, data, teacher={"cache": str(tmp_path / "cache")}, run={"num_steps": 2})
     path = str(tmp_path / "run.yaml")
     assert main(["distill", path, "--dry-run"]) == 0
-    assert "bytes a trained token" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "64 most probable words takes 260 bytes a trained token" in shown and "memory: about" in shown
     assert main(["distill", path]) == 1
     assert "holds no cache.json; write a cache with `gemma2 distill cache" in capsys.readouterr().err
     assert main(["distill", "cache", path]) == 0

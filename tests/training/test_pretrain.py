@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
-from small_run import KilledError, Silent, settings_for
+from small_run import KilledError, Silent, kill_and_finish, settings_for
 
-import gemma2
 from gemma2.checkpoints import open_checkpoint
 from gemma2.errors import CheckpointError, ConfigError, DataError, Gemma2Error
 from gemma2.training.pretrain import pretrain
@@ -104,24 +97,32 @@ def test_killed_with_sigkill_at_any_moment(tmp_path: Path, settings_text: str, u
     """The real program, killed twice at random moments, then left to finish."""
     settings_file = tmp_path / "run.yaml"
     settings_file.write_text(settings_text.replace("{output}", str(tmp_path / "run")))
-    command = [sys.executable, "-m", "gemma2", "pretrain", str(settings_file)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(gemma2.__file__).parent.parent)}
-    log = tmp_path / "run" / "log.jsonl"
-    draw = random.Random(os.getpid())
-    for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        lines_before = len(log.read_text().splitlines()) if log.exists() else 0
-        while process.poll() is None and (
-            not log.exists() or len(log.read_text().splitlines()) < min(lines_before, 6) + 1
-        ):
-            time.sleep(0.01)
-        time.sleep(draw.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), errors  # 0: it was done before it could be killed
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
+    kill_and_finish(["pretrain", str(settings_file)], tmp_path / "run" / "log.jsonl")
     assert _weights(tmp_path / "run") == uninterrupted
+
+
+def test_bad_data_ends_a_run_with_a_checkpoint_and_may_be_skipped_from_there(
+    tmp_path: Path, settings_text: str, corpus: Path
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    lines = corpus.read_text().splitlines()
+    texts.write_text("\n".join([*lines[:20], "no JSON", *lines[20:]]) + "\n")
+    _run(_settings(tmp_path, settings_text, "tokens", "run.num_steps=1"))
+    changes = [
+        f"data.train=[{texts}]",
+        "data.validation=[]",
+        "data.shuffle_buffer=1",
+        "run.checkpoint_every=100",
+        f"tokenizer.folder={tmp_path / 'tokens' / 'tokenizer'}",
+        "run.num_steps=60",
+    ]
+    first = Silent()
+    with pytest.raises(DataError, match="line 21"):
+        _run(_settings(tmp_path, settings_text, "run", *changes), first)
+    assert 0 < len(first.losses) < 60
+    second = Silent()
+    assert _run(_settings(tmp_path, settings_text, "run", *changes, "data.on_error=skip"), second) is not None
+    assert len(first.losses) + len(second.losses) == 60
 
 
 def test_other_settings_do_not_resume(tmp_path: Path, settings_text: str) -> None:

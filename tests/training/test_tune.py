@@ -14,6 +14,7 @@ from small_run import (
     KilledError,
     Silent,
     changed,
+    kill_and_finish,
     write_examples,
     write_random_model,
     written_settings,
@@ -94,9 +95,11 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
         {"use_dora": True, "target_modules": ["k_proj", "gate_proj", "o_proj"]},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora", "use_rslora": True},
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": "olora", "use_dora": True},
         {"layers_to_transform": [1], "lora_dropout": 0.2, "init_lora_weights": "gaussian"},
     ],
-    ids=["lora", "rslora", "dora", "pissa", "olora", "some layers"],
+    ids=["lora", "rslora", "dora", "pissa", "olora", "pissa and dora", "olora and dora", "some layers"],
 )
 def test_an_adapter_means_the_same_in_peft_and_here(
     tmp_path: Path, base: Path, data: Path, variant: dict[str, Any]
@@ -155,8 +158,82 @@ def test_a_run_that_dies_ends_with_the_same_adapter(tmp_path: Path, base: Path, 
     assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
+def test_the_log_of_a_run_that_died_is_that_of_one_that_did_not(tmp_path: Path, base: Path, data: Path) -> None:
+    def lines(name: str) -> list[tuple[str, int, float]]:
+        entries = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        return [(entry["event"], entry["step"], entry["loss"]) for entry in entries]
+
+    changes: dict[str, Any] = {
+        "data": {"validation": [str(data / "other.jsonl")]},
+        "run": {"log_every": 4, "checkpoint_every": 3, "num_steps": 8},
+    }
+    run(settings_of(tmp_path, data, "whole", **changes), base)
+    settings = settings_of(tmp_path, data, "broken", **changes)
+    with pytest.raises(KilledError):
+        run(settings, base, Silent(4))
+    run(settings, base)
+    assert lines("broken") == lines("whole")
+    early = settings_of(tmp_path, data, "early", **{**changes, "run": {**changes["run"], "log_every": 1}})
+    with pytest.raises(KilledError):
+        run(early, base, Silent(1))
+    run(early, base)
+    assert sum(line[:2] == ("validation", 0) for line in lines("early")) == 1
+
+
+def test_the_best_is_kept_from_when_it_is_asked_for(tmp_path: Path, base: Path, data: Path) -> None:
+    """The first validation is the best of all, but was not kept: the best of those after it is then written."""
+    changes: dict[str, Any] = {
+        "data": {"validation": [str(data / "other.jsonl")]},
+        "optimizer": {"learning_rate": 3e-2},
+    }
+    before = settings_of(tmp_path, data, **changes, run={"validate_every": 2, "num_steps": 8})
+    with pytest.raises(KilledError):
+        run(before, base, Silent(3))
+    progress = Silent()
+    after = settings_of(tmp_path, data, **changes, run={"validate_every": 2, "num_steps": 8, "keep_best": True})
+    run(after, base, progress)
+    best = min(progress.validations, key=lambda validation: validation[1])
+    assert torch.load(tmp_path / "run" / "checkpoints" / "best.pt")["step"] == best[0]
+
+
+def test_a_resumed_run_does_not_keep_the_checkpoint_in_memory(tmp_path: Path, base: Path, data: Path) -> None:
+    from gemma2.training.run_folder import RunFolder
+    from gemma2.training.run_stages import resume_and_train
+
+    settings = settings_of(tmp_path, data, adapter=None)
+    with pytest.raises(KilledError):
+        run(settings, base, Silent(3))
+    state = RunFolder(settings.output, settings).last_state()
+    assert state is not None
+
+    class Loaded:
+        step = tokens_seen = 0
+
+        def load_state_dict(self, values: dict[str, Any]) -> None:
+            assert values["model"]
+
+        def train(self, *, should_stop: Any) -> None:
+            assert state is not None and not state[1]
+
+    resume_and_train(Loaded(), state, say=lambda line: None, should_stop=lambda: False)  # type: ignore[arg-type]
+
+
+def test_killed_with_sigkill_at_any_moment(tmp_path: Path, base: Path, data: Path) -> None:
+    changes: dict[str, Any] = {"model": {"name": str(base)}, "adapter": {"r": 4, "lora_dropout": 0.3}}
+    whole = run(settings_of(tmp_path, data, "whole", **changes), base)
+    settings_of(tmp_path, data, "run", **changes)
+    assert whole is not None
+    kill_and_finish(["tune", str(tmp_path / "run.yaml")], tmp_path / "run" / "log.jsonl")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "run" / "adapter" / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_preferences_are_learned(tmp_path: Path, base: Path, data: Path) -> None:
-    for name, adapter in (("adapter", {"r": 4}), ("full", None)):
+    for name, adapter, dtype in (
+        ("adapter", {"r": 4}, "float32"),
+        ("full", None, "float32"),
+        ("bf16", None, "bfloat16"),
+    ):
         settings = settings_of(
             tmp_path,
             data,
@@ -164,17 +241,19 @@ def test_preferences_are_learned(tmp_path: Path, base: Path, data: Path) -> None
             adapter=adapter,
             data={"train": [str(data / "pairs.jsonl")], "validation": [str(data / "pairs.jsonl")]},
             objective={"kind": "dpo"},
-            run={"num_steps": 8, "validate_every": 4},
+            run={"num_steps": 8, "validate_every": 4, "dtype": dtype},
             optimizer={"learning_rate": 3e-3},
         )
         progress = Silent()
         run(settings, base, progress)
-        assert progress.losses[0] == pytest.approx(np.log(2), abs=1e-4), "nothing is preferred at first"
+        assert progress.losses[0] == pytest.approx(np.log(2), abs=1e-6), "nothing is preferred at first"
         assert progress.losses[-1] < 0.5
         entries = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         steps = [entry for entry in entries if entry["event"] == "step"]
         assert steps[-1]["rewards/accuracies"] > 0.9
-        assert any("rewards/margins" in entry for entry in entries if entry["event"] == "validation")
+        validations = [entry for entry in entries if entry["event"] == "validation"]
+        assert "rewards/margins" in validations[0]
+        assert "bits_per_byte" not in validations[0], "a loss of pairs is not in nats per token"
 
 
 def test_the_best_is_kept_and_a_run_stops_early(tmp_path: Path, base: Path, data: Path) -> None:
@@ -267,6 +346,23 @@ def test_averages(tmp_path: Path, base: Path, data: Path) -> None:
         ({"run": {"keep_best": True}}, "run.keep_best goes by the validation loss"),
         ({"data": {"format": "alpacca"}}, "data.format"),
         ({"objective": {"kind": "dpo"}, "data": {"format": "text"}}, "objective.kind dpo needs pairs"),
+        (
+            {"objective": {"kind": "dpo"}, "adapter": {"init_lora_weights": "pissa"}},
+            "the reference of dpo is the model",
+        ),
+        ({"objective": {"kind": "dpo"}, "run": {"compile": True}}, "run.compile is of objective.kind next_token"),
+        ({"objective": {"beta": 0.2}}, "objective.beta is of dpo only"),
+        ({"adapter": {"init_lora_weights": "orthogonal", "r": 3}}, "orthogonal needs an even r, but it is 3"),
+        (
+            {"adapter": {"init_lora_weights": "orthogonal"}, "model": {"quantization": "nf4"}},
+            "orthogonal is for matrices of numbers",
+        ),
+        ({"optimizer": {"betas": [0.9, 1.5]}}, r"optimizer\.betas\.1: .*less than 1"),
+        ({"optimizer": {"learning_rate": float("inf")}}, r"optimizer\.learning_rate: .*finite"),
+        (
+            {"adapter": None, "model": {"quantization": "q8"}, "run": {"keep_best": True, "num_stepps": 3}},
+            r"3 mistakes: run\.num_stepps: .*Did you mean 'num_steps'.*cannot be trained themselves.*run\.keep_best",
+        ),
     ],
 )
 def test_mistakes_in_settings(tmp_path: Path, data: Path, changes: dict[str, Any], message: str) -> None:
@@ -300,6 +396,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, base: Path, dat
     check("peft_type must be LORA", peft_type="IA3")
     check("modules_to_save", modules_to_save=["lm_head"])
     check("r must be a whole number", r="four")
+    check("is for weights that PEFT changes when it loads it", init_lora_weights="pissa_niter_4")
+    check("alora_invocation_tokens is set", alora_invocation_tokens=[2])
     check("ask for", r=5)
     check("has no lora_magnitude_vector", use_dora=True)
     file.write_text(json.dumps(good))

@@ -36,6 +36,8 @@ PREFIX: Final = "base_model.model."
 
 Floats = npt.NDArray[np.float32]
 _PARTS: Final = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
+_CHANGING_WEIGHTS: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of PEFT's `init_lora_weights` under which it takes something out of the weights below the adapter."""
 _TIED: Final = ("lm_head", "embed_tokens")
 
 
@@ -158,6 +160,17 @@ def _refuse_what_is_not_read(settings: Mapping[str, Any], file: Path) -> None:
         raise CheckpointError(f"{file}: bias is {settings['bias']!r}, but Gemma 2 has no biases; it must be 'none'")
     if settings.get("fan_in_fan_out"):
         raise CheckpointError(f"{file}: fan_in_fan_out is for maps that are stored transposed; Gemma 2 has none")
+    init = settings.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_CHANGING_WEIGHTS):
+        raise CheckpointError(
+            f"{file}: init_lora_weights is {init!r}, so the adapter is for weights that PEFT changes when it loads it; "
+            "save it for the weights as they are (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for name in ("alora_invocation_tokens", "layer_replication"):
+        if settings.get(name):
+            raise CheckpointError(
+                f"{file}: {name} is set, which changes more than linear maps and is not read; train without it"
+            )
     rank = settings.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(f"{file}: r must be a whole number of at least 1, but is {rank!r}")

@@ -49,6 +49,7 @@ def save_checkpoint(
     tokenizer_files: Iterable[str | Path] = (),
     extra_files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
+    overwrite_advice: str = ", or pass overwrite=True",
 ) -> Path:
     """Writes a model folder that transformers, vLLM and `open_checkpoint` read.
 
@@ -65,6 +66,7 @@ def save_checkpoint(
         extra_files: name → contents of further files, such as generation_config.json.
         overwrite: whether a folder that is not empty may be written to. Its weights, index and config.json are
             replaced; other files stay, unless one of the same name is given.
+        overwrite_advice: what else the error says that refuses it, where this function is not what a person called.
 
     Returns:
         The folder.
@@ -82,7 +84,7 @@ def save_checkpoint(
     copied = [Path(path).expanduser() for path in tokenizer_files]
     written = dict(extra_files or {})
     _check_further_files(copied, written)
-    with staging_folder(folder, may_overwrite=lambda _: overwrite, advice=", or pass overwrite=True") as staging:
+    with staging_folder(folder, may_overwrite=lambda _: overwrite, advice=overwrite_advice) as staging:
         writer = _Writer(staging, folder, config, dtype, max_shard_bytes)
         for name, array in tensors:
             with clear_errors(folder):

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, settings: DistillSettings, ranks: Ranks, *, writes_cache: bool) -> int:
-    from gemma2.cli.source import find_folder_of_setting, model_options
+    from gemma2.cli.source import find_folder, model_options
     from gemma2.training.distill import check_settings, distill
 
     if writes_cache and ranks.world_size > 1:
@@ -91,10 +91,11 @@ def _run(args: argparse.Namespace, settings: DistillSettings, ranks: Ranks, *, w
     with TokenizingBar(console) as bar:
         plan = check_settings(
             settings,
-            find_folder_of_setting(settings.teacher.name),
-            None if student is None else find_folder_of_setting(student),
+            find_folder(settings.teacher.name),
+            None if student is None else find_folder(student),
             on_tokenizing=bar.on_progress,
-            for_cache=writes_cache or args.dry_run,
+            for_cache=writes_cache,
+            needs_cache=not args.dry_run,
             ranks=ranks,
         )
     if args.dry_run or writes_cache:
@@ -113,8 +114,12 @@ def _run(args: argparse.Namespace, settings: DistillSettings, ranks: Ranks, *, w
 
 def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console, ranks: Ranks) -> None:
     from gemma2.training.distill import cache_info
+    from gemma2.training.example_data import describe_examples
 
     run = settings.run
+    for name, examples in (("training", plan.train), ("validation", plan.validation)):
+        if examples is not None:
+            console.print(describe_examples(name, examples), highlight=False)
     tokens = plan.num_steps * run.batch_size * run.sequence_length
     info = cache_info(settings, plan)
     console.print(
@@ -123,9 +128,40 @@ def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console, 
         f"run: {plan.num_steps:,} steps of {run.batch_size} × {run.sequence_length} = {tokens:,} tokens at most\n"
         f"a cache of the {info.top_k} most probable words takes {info.bytes_per_token:,} bytes a trained token, "
         f"{format_bytes(tokens * info.bytes_per_token)} at most\n"
-        f"output: {settings.output}",
+        f"memory: about {format_bytes(_memory(settings, plan, ranks))}; output: {settings.output}",
         highlight=False,
     )
+
+
+def _memory(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> int:
+    """Bytes of each process: the student's training, and the teacher's weights if it runs beside."""
+    from gemma2.memory.training import ProcessGrid, adapter_training, full_training
+    from gemma2.memory.weights import weight_bytes
+    from gemma2.training.teachers import is_teacher_shared, teacher_weights
+
+    run, teacher, adapter = settings.run, settings.teacher, settings.adapter
+    batch_size, length = ranks.rows_at_once(run.batch_size, run.micro_batch_size), run.sequence_length
+    checkpointing, grid = run.gradient_checkpointing, ProcessGrid(data=ranks.data, tensor=ranks.tensor)
+    if adapter is None:
+        total = full_training(
+            plan.config, batch_size=batch_size, length=length, checkpointing=checkpointing, grid=grid
+        ).total
+    else:
+        total = adapter_training(
+            plan.config,
+            rank=adapter.r,
+            modules=adapter.modules,
+            weight_format=run.dtype,
+            batch_size=batch_size,
+            length=length,
+            checkpointing=checkpointing,
+            grid=grid,
+        ).total
+    if teacher.cache is not None:
+        return total
+    weights = teacher_weights(teacher, run)
+    beside = weight_bytes(plan.teacher.config, {"nf4": "q4"}.get(weights, weights))
+    return total + beside // (ranks.world_size if is_teacher_shared(teacher, ranks) else 1)
 
 
 def _write_cache(settings: DistillSettings, plan: DistillPlan, console: Console) -> int:
@@ -163,7 +199,10 @@ def _write_cache(settings: DistillSettings, plan: DistillPlan, console: Console)
             total += num_tokens
             bar.update(task, completed=step, tokens=total)
 
-        is_whole = write_cache(settings, plan, folder, on_step=on_step, should_stop=should_stop)
+        def say(line: str) -> None:
+            console.print(line, highlight=False)
+
+        is_whole = write_cache(settings, plan, folder, on_step=on_step, say=say, should_stop=should_stop)
     if not is_whole:
         return say_stopped(console)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -13,6 +13,7 @@ from gemma2.evaluation.lm_eval import DEFAULT_MAX_GEN_TOKS, HarnessModel
 
 MODEL_ARGS: Final = (
     "pretrained",
+    "adapter",
     "backend",
     "weights",
     "kv_cache",
@@ -30,6 +31,7 @@ class Gemma2LM(HarnessModel):
 
     Args:
         pretrained: a folder, or a name on the Hub that was pulled; the bundled model if left out.
+        adapter: as for `gemma2.load`.
         backend: as for `gemma2.load`.
         weights: as for `gemma2.load`.
         kv_cache: as for `gemma2.load`.
@@ -50,6 +52,7 @@ class Gemma2LM(HarnessModel):
         self,
         pretrained: str | None = None,
         *,
+        adapter: str | None = None,
         backend: str = "auto",
         weights: str = "auto",
         kv_cache: str = "auto",
@@ -69,6 +72,7 @@ class Gemma2LM(HarnessModel):
             )
         llm = load(
             None if pretrained is None else str(pretrained),  # lm-eval makes a number of a folder called 7
+            adapter=None if adapter is None else str(adapter),
             backend=backend,
             weights=weights,
             kv_cache=kv_cache,

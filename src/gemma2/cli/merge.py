@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype or _stored_dtype(first),
         tokenizer_files=first.tokenizer_files,
         extra_files=_generation_config([*args.adapter, first.folder]),
+        overwrite_advice="",
     )
     print(f"wrote {folder}", file=sys.stderr)
     return 0

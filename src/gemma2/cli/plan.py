@@ -353,7 +353,7 @@ def _print_training(console: Console, setup: Setup, kind: str, plans: dict[bool,
         "weights": {
             "full": "weights, bf16",
             "lora": "weights, bf16, frozen",
-            "qlora": "weights, q4, frozen, one unpacked",
+            "qlora": "weights, q4 (embedding bf16), frozen",
         }[kind],
         "master_weights": "master weights, float32" if kind == "full" else "adapters, float32",
         "gradients": f"gradients, {'bf16' if kind == 'full' and setup.grid.size == 1 else 'float32'}",

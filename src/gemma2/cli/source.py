@@ -15,7 +15,8 @@ def find_folder(name: str | None) -> Path:
     """Returns the folder of a model that is on this machine.
 
     Args:
-        name: a folder, or a name on the Hugging Face Hub that was pulled before; None for the bundled model.
+        name: a folder, or a name on the Hugging Face Hub that was pulled before; None, or "bundled", for the bundled
+            model.
 
     Raises:
         CheckpointError: there is no such model.
@@ -23,7 +24,7 @@ def find_folder(name: str | None) -> Path:
     from gemma2.api import BUNDLED_FOLDER
     from gemma2.checkpoints import resolve_model
 
-    if name is None:
+    if name is None or name == BUNDLED:
         if not (BUNDLED_FOLDER / "config.json").is_file():
             raise CheckpointError(
                 f"this installation came without the bundled model; name one of {', '.join(PRESETS)}, or a folder"
@@ -38,11 +39,6 @@ def find_folder(name: str | None) -> Path:
             f"google/gemma-2-{size}"
         )
     return resolve_model(name)
-
-
-def find_folder_of_setting(name: str) -> Path:
-    """As `find_folder`, of a name in a settings file, where "bundled" is the bundled model."""
-    return find_folder(None if name == BUNDLED else name)
 
 
 def model_options(folder: Path, *, base: str | None) -> str:

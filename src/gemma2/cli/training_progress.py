@@ -113,7 +113,7 @@ def stop_requests(console: Console) -> Iterator[Callable[[], bool]]:
         if requests:
             raise KeyboardInterrupt
         requests.append(signal_number)
-        console.print("stopping after this step, with a checkpoint (Ctrl-C again: at once)", style="yellow")
+        console.print("stopping when a step is done, with a checkpoint (Ctrl-C again: at once)", style="yellow")
 
     previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -207,12 +207,10 @@ class TrainingBar:
                 highlight=False,
             )
 
-    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def on_validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
         """Prints a line above the bar."""
-        self._console.print(
-            f"step {step}: validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
-            highlight=False,
-        )
+        of_text = "" if bits_per_byte is None else f" nats per token, {bits_per_byte:.4f} bits per byte"
+        self._console.print(f"step {step}: validation loss {loss:.4f}{of_text}", highlight=False)
 
     def on_checkpoint(self, path: Path) -> None:
         """Checkpoints are silent: they come often and the folder shows them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -70,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, settings: TuneSettings, ranks: Ranks) -> int:
-    from gemma2.cli.source import find_folder_of_setting, model_options
+    from gemma2.cli.source import find_folder, model_options
     from gemma2.training.tune import check_settings, tune
 
-    base_folder = find_folder_of_setting(settings.model.name)
+    base_folder = find_folder(settings.model.name)
     console = make_training_console(ranks)
     with TokenizingBar(console) as bar:
         plan = check_settings(settings, base_folder, on_tokenizing=bar.on_progress, ranks=ranks)
@@ -122,6 +123,8 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
             checkpointing=run.gradient_checkpointing,
             grid=grid,
         )
+    if settings.objective.kind == "dpo" and settings.adapter is None:
+        memory = replace(memory, reference=4 * config.count_parameters().total // grid.size)
     each = " in each process" if ranks.world_size > 1 else ""
     console.print(f"memory: about {format_bytes(memory.total)}{each}; output: {settings.output}\n", highlight=False)
     encoded = plan.train.encoded(0)

@@ -9,7 +9,14 @@ from typing import Final
 from gemma2.config import Gemma2Config
 from gemma2.errors import ConfigError, nearest_name
 from gemma2.memory.running import QUERY_BLOCK
-from gemma2.memory.weights import ADAPTABLE_MODULES, layer_matrices, layer_parameters, norm_parameters, weight_bytes
+from gemma2.memory.weights import (
+    ADAPTABLE_MODULES,
+    embedding_bytes,
+    layer_matrices,
+    layer_parameters,
+    norm_parameters,
+    weight_bytes,
+)
 
 BLOCK_LOGITS: Final = 1 << 20
 """Logits of a training loss that are worked on at once: 4 MiB in float32, which stay in the processor's cache."""
@@ -70,6 +77,8 @@ class TrainingMemory:
     """What the backward pass needs of the forward pass, and what it works on."""
     loss: int
     """A chunk of logits and, where the embedding is trained, the head's part of its gradient."""
+    reference: int = 0
+    """The model that training began with, where a loss compares with it."""
     gathered: int = 0
     """What several processes put together for the moment: two layers, the gradients of one, the embedding and its."""
 
@@ -77,7 +86,7 @@ class TrainingMemory:
     def total(self) -> int:
         """All of it together."""
         kept = self.weights + self.master_weights + self.gradients + self.optimizer
-        return kept + self.activations + self.loss + self.gathered
+        return kept + self.activations + self.loss + self.reference + self.gathered
 
 
 def full_training(
@@ -142,9 +151,9 @@ def adapter_training(
     """Training of LoRA adapters on frozen weights, or of QLoRA if those are quantized.
 
     Adapters are float32 with float32 gradients and moments: 16 bytes a parameter. Quantized matrices are multiplied
-    from a bf16 copy of one matrix at a time, which is counted with the weights. Several processes share weights and
-    adapters, and put together two layers and the embedding for the moment; quantized weights, and the adapters beside
-    them, are whole in each.
+    from a bf16 copy of one matrix at a time, which is counted with the weights; the embedding stays bf16
+    beside them. Several processes share weights and adapters, and put together two layers and the embedding for the
+    moment; quantized weights, and the adapters beside them, are whole in each.
 
     Args:
         config: the architecture.
@@ -165,7 +174,9 @@ def adapter_training(
     weights = weight_bytes(config, weight_format)
     if on_engine:
         weights += weight_bytes(config, "q8")
-    elif weight_format in ("q8", "q4"):
+    elif weight_format in ("q8", "q4"):  # bitsandbytes' maps; the embedding is no map, and stays as it is
+        embedding = config.count_parameters().embedding
+        weights += 2 * embedding - embedding_bytes(config, weight_format)
         weights += 2 * max(outputs * inputs for outputs, inputs in layer_matrices(config).values())
     gathered = 0
     if grid.size > 1 and weight_format not in ("q8", "q4"):

@@ -69,9 +69,14 @@ def weight_bytes(config: Gemma2Config, weight_format: str, *, second_plane: bool
         return config.count_parameters().total * (4 if weight_format == "float32" else 2)
     value_bits = 8 if weight_format == "q8" else 4
     layer = sum(_quantized_bytes(*shape, value_bits=value_bits) for shape in _packed_layer_matrices(config))
-    embedding = _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=value_bits)
+    embedding = embedding_bytes(config, weight_format)
     norms = 4 * norm_parameters(config)
     return embedding * (2 if second_plane else 1) + config.num_hidden_layers * layer + norms
+
+
+def embedding_bytes(config: Gemma2Config, weight_format: str) -> int:
+    """Size of the embedding in q8 or q4, in bytes; see `weight_bytes`."""
+    return _quantized_bytes(config.vocab_size, config.hidden_size, value_bits=8 if weight_format == "q8" else 4)
 
 
 def _packed_layer_matrices(config: Gemma2Config) -> list[tuple[int, int]]:

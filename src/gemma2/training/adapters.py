@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gemma2.checkpoints.adapters import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PREFIX
 from gemma2.checkpoints.staging import clear_errors, publish, staging_folder
+from gemma2.config import Gemma2Config
 from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.distributed.placement import whole_tensor
 from gemma2.errors import ConfigError, MissingDependencyError
@@ -41,23 +42,9 @@ def add_adapter(model: Gemma2ForCausalLM, settings: AdapterSettings, *, seed: in
         ConfigError: a layer is named that the model does not have, or r is larger than a map.
         MissingDependencyError: PEFT is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingDependencyError(
-            "adapters need peft, which is not installed; install it with: pip install 'gemma2[train]'"
-        )
+    check_adapter(model.config, settings)
     from peft import inject_adapter_in_model
 
-    layers = settings.layers_to_transform
-    if layers is not None:
-        unknown = [index for index in layers if not 0 <= index < model.config.num_hidden_layers]
-        if unknown or not layers:
-            raise ConfigError(
-                f"adapter.layers_to_transform must name layers from 0 to {model.config.num_hidden_layers - 1}, but "
-                f"holds {unknown or 'none'}"
-            )
-    narrowest = min(model.config.hidden_size, model.config.num_key_value_heads * model.config.head_dim)
-    if settings.r > narrowest:
-        raise ConfigError(f"adapter.r is {settings.r}, but the narrowest map of this model has a side of {narrowest}")
     device = model.model.embed_tokens.weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -67,6 +54,30 @@ def add_adapter(model: Gemma2ForCausalLM, settings: AdapterSettings, *, seed: in
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     use_lean_lora(model)
+
+
+def check_adapter(config: Gemma2Config, settings: AdapterSettings) -> None:
+    """Refuses what `add_adapter` refuses, before there is a model.
+
+    Raises:
+        ConfigError: a layer is named that the model does not have, or r is larger than a map.
+        MissingDependencyError: PEFT is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(
+            "adapters need peft, which is not installed; install it with: pip install 'gemma2[train]'"
+        )
+    layers = settings.layers_to_transform
+    if layers is not None:
+        unknown = [index for index in layers if not 0 <= index < config.num_hidden_layers]
+        if unknown or not layers:
+            raise ConfigError(
+                f"adapter.layers_to_transform must name layers from 0 to {config.num_hidden_layers - 1}, but "
+                f"holds {unknown or 'none'}"
+            )
+    narrowest = min(config.hidden_size, config.num_key_value_heads * config.head_dim)
+    if settings.r > narrowest:
+        raise ConfigError(f"adapter.r is {settings.r}, but the narrowest map of this model has a side of {narrowest}")
 
 
 def needs_weights(settings: AdapterSettings) -> bool:
@@ -171,9 +182,12 @@ def _lora_config(settings: AdapterSettings) -> Any:
 
 
 def _without_beginning(tensors: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, Tensor]:
-    """[A; A₀] and [B, -B₀] of each map."""
+    """[A; A₀] and [B, -B₀] of each map; what DoRA has trained are the lengths of the same rows."""
     joined = {}
     for name, value in tensors.items():
+        if "lora_magnitude_vector" in name:
+            joined[name] = value
+            continue
         before = first[name.replace(".weight", f".{_NAME}.weight")].to(value.device)
         is_a = ".lora_A." in name
         joined[name] = torch.cat([value.detach(), before if is_a else -before], dim=0 if is_a else 1)

@@ -16,10 +16,10 @@ import torch
 
 from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, open_checkpoint
 from gemma2.config import Gemma2Config
-from gemma2.data import TokenizedExamples, ValidationSet, expand_files
+from gemma2.data import TokenizedExamples, ValidationSet
 from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.distributed.tensor_parallel import check_split
-from gemma2.errors import ConfigError
+from gemma2.errors import ConfigError, DataError
 from gemma2.model.loading import DTYPES
 from gemma2.text import Tokenizer
 from gemma2.training.distill_settings import DistillSettings
@@ -35,13 +35,28 @@ from gemma2.training.loop import Loader, Progress, Trainer
 from gemma2.training.objectives import Batch, next_token_objective
 from gemma2.training.on_policy import OnPolicyLoader
 from gemma2.training.run_folder import RunFolder
-from gemma2.training.run_stages import check_machine, generation_config, resume_and_train, use_threads
-from gemma2.training.teacher_cache import CachedTeacher, CacheInfo, TeacherCache, write_teacher_cache
-from gemma2.training.teachers import is_teacher_shared, live_teacher
-from gemma2.training.text_data import text_loader, text_validation
+from gemma2.training.run_stages import (
+    check_layers,
+    check_machine,
+    generation_config,
+    resume_and_train,
+    say_stopped_early,
+    stop_ids,
+    use_threads,
+)
+from gemma2.training.teacher_cache import (
+    CachedTeacher,
+    CacheInfo,
+    TeacherCache,
+    teacher_fingerprint,
+    write_teacher_cache,
+)
+from gemma2.training.teachers import is_teacher_shared, live_teacher, teacher_weights
+from gemma2.training.text_data import check_text, text_loader, text_validation
 from gemma2.training.trained_model import TrainedModel, model_from_checkpoint, new_model, save_trained
 
 _TOKENIZER_PROBE = "The quick brown fox\njumps over 42 lazy dogs;\n\n\tça va, Οδυσσεύς? 漢字 🦊"
+"""Shows other merges or another treatment of spaces, where all pieces are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +86,7 @@ def check_settings(
     *,
     on_tokenizing: OnTokenizing = lambda name, progress: None,
     for_cache: bool = False,
+    needs_cache: bool = True,
     ranks: Ranks = ONE_PROCESS,
 ) -> DistillPlan:
     """Checks settings against this machine, opens the models and tokenizes examples.
@@ -80,7 +96,8 @@ def check_settings(
         teacher_folder: of `settings.teacher.name`.
         student_folder: of `settings.student.name`; None for a new student.
         on_tokenizing: see `OnTokenizing`.
-        for_cache: whether the teacher's words are to be written, and not read.
+        for_cache: whether the teacher's words are to be written, and nothing is trained.
+        needs_cache: whether the cache that is read, if settings name one, must be there.
         ranks: the processes, all of which must call this with the same settings.
 
     Raises:
@@ -106,13 +123,18 @@ def check_settings(
         student = open_checkpoint(student_folder)
         config, tokenizer_files = student.config, student.tokenizer_files
         own = Tokenizer.from_folder(student_folder)
-        if config.vocab_size != teacher.config.vocab_size or own.encode(_TOKENIZER_PROBE) != tokenizer.encode(
-            _TOKENIZER_PROBE
-        ):
+        own.check_fits(config)
+        if difference := _tokenizer_difference(own, tokenizer):
             raise ConfigError(
-                f"{student_folder} and {teacher_folder} have other tokenizers; a student learns the teacher's words, "
-                "so both must cut texts alike"
+                f"{student_folder} and {teacher_folder} have other tokenizers ({difference}); a student learns the "
+                "teacher's words, so both must cut texts alike"
             )
+        if config.vocab_size != teacher.config.vocab_size:
+            raise ConfigError(
+                f"{student_folder} and {teacher_folder} have {config.vocab_size:,} and {teacher.config.vocab_size:,} "
+                "words; a student learns the teacher's, so both must have as many"
+            )
+    check_layers(config, run, settings.adapter)
     check_split(config, ranks.tensor)
     if is_teacher_shared(settings.teacher, ranks):
         check_split(teacher.config, ranks.tensor)
@@ -125,29 +147,31 @@ def check_settings(
                 f"run.sequence_length ({run.sequence_length}) must not pass the {whose}'s {longest} tokens"
             )
     if not for_cache:
-        RunFolder(settings.output, settings, ranks).last_state()
+        RunFolder(settings.output, settings, ranks).check()
     files: list[Path] = []
     train = validation = None
     num_steps = run.num_steps
     if settings.text is not None:
-        files = expand_files(settings.text.train)
-        if settings.text.validation:
-            expand_files(settings.text.validation)
+        files = check_text(settings.text, run)
     else:
         assert settings.examples is not None
         train, validation = read_examples(
             settings.examples, tokenizer, run.sequence_length, on_tokenizing, with_validation=not for_cache
         )
-        if train.are_pairs:
-            raise ConfigError("examples.train holds preference pairs, but a teacher's words are learned from examples")
+        for name, examples in (("train", train), ("validation", validation)):
+            if examples is not None and examples.are_pairs:
+                raise DataError(
+                    f"examples.{name} holds preference pairs, but a teacher's words are learned from single examples"
+                )
         if num_steps is None:
             num_steps = example_loader(settings.examples, train, run, ranks).total_batches
     assert num_steps is not None
     cache = None
-    if settings.teacher.cache is not None and not for_cache:
+    if settings.teacher.cache is not None and not for_cache and (needs_cache or settings.teacher.cache.exists()):
         cache = TeacherCache(
             settings.teacher.cache,
-            identity=_cache_identity(settings),
+            identity=_cache_identity(settings, teacher),
+            vocab_size=config.vocab_size,
             temperature=settings.objective.temperature,
             num_steps=num_steps,
         )
@@ -198,7 +222,7 @@ def distill(
 def cache_info(settings: DistillSettings, plan: DistillPlan) -> CacheInfo:
     """What `gemma2 distill cache` would write."""
     return CacheInfo(
-        identity=_cache_identity(settings),
+        identity=_cache_identity(settings, plan.teacher),
         vocab_size=plan.teacher.config.vocab_size,
         top_k=min(settings.teacher.cache_top_k, plan.teacher.config.vocab_size),
         temperature=settings.objective.temperature,
@@ -212,11 +236,12 @@ def write_cache(
     folder: Path,
     *,
     on_step: Callable[[int, int], None],
+    say: Callable[[str], None] = lambda line: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Runs the teacher over the batches of the run and writes what it says; see `write_teacher_cache`."""
     use_threads(settings.run)
-    teacher, _ = live_teacher(settings.teacher, plan.teacher, settings.run, ONE_PROCESS, plan.device)
+    teacher, _ = live_teacher(settings.teacher, plan.teacher, settings.run, ONE_PROCESS, plan.device, say)
     with _loader(settings, plan, ONE_PROCESS) as loader:
         return write_teacher_cache(
             folder,
@@ -258,7 +283,7 @@ def _distill(
             loader = cached
             teacher: Callable[[Batch], Any] = cached
         else:
-            teacher, shared_teacher = live_teacher(settings.teacher, plan.teacher, run, ranks, plan.device)
+            teacher, shared_teacher = live_teacher(settings.teacher, plan.teacher, run, ranks, plan.device, say)
         if settings.on_policy is not None:
             loader = OnPolicyLoader(source_loader, trained.model, plan.tokenizer, settings.on_policy, seed=run.seed)
         objective = distillation_objective(
@@ -286,9 +311,11 @@ def _distill(
         result = resume_and_train(trainer, state, say=say, should_stop=should_stop)
     if not trainer.is_done:
         return None
+    say_stopped_early(trainer, say)
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
-    template = "chat" if settings.examples is not None and settings.examples.template == "chat" else "none"
+    is_chat = settings.examples is not None and settings.examples.template == "chat"
+    before = set() if plan.student is None else stop_ids(plan.student.folder)
     return save_trained(
         folder.path,
         trained,
@@ -296,14 +323,17 @@ def _distill(
         base_model=str(settings.student.name),
         dtype=run.save_dtype,
         tokenizer_files=[path for path in plan.tokenizer_files if path.name in TOKENIZER_FILES],
-        extra_files=generation_config(plan.tokenizer, template),
+        extra_files=generation_config(plan.tokenizer, is_chat=is_chat, before=before),
     )
 
 
-def _cache_identity(settings: DistillSettings) -> dict[str, Any]:
+def _cache_identity(settings: DistillSettings, teacher: Checkpoint) -> dict[str, Any]:
     """What decides batches and words: all else may differ between the run that wrote a cache and one that reads it."""
     values = settings.model_dump(mode="json")
-    teacher = {name: values["teacher"][name] for name in ("name", "backend", "weights")}
+    given = settings.teacher
+    weights = teacher_weights(given, settings.run)
+    dtypes = {"dtype": settings.run.dtype} if given.backend == "torch" else {}
+    words = {"files": teacher_fingerprint(teacher.files), "backend": given.backend, "weights": weights, **dtypes}
     run = {name: values["run"][name] for name in ("batch_size", "sequence_length", "seed")}
     data = {
         section: {
@@ -313,7 +343,17 @@ def _cache_identity(settings: DistillSettings) -> dict[str, Any]:
         }
         for section in ("text", "examples")
     }
-    return {"teacher": teacher, "run": run, **data}
+    return {"teacher": words, "run": run, **data}
+
+
+def _tokenizer_difference(a: Tokenizer, b: Tokenizer) -> str:
+    """Says where two tokenizers part; empty if they do not."""
+    if a.vocab_size != b.vocab_size:
+        return f"{a.vocab_size:,} and {b.vocab_size:,} pieces"
+    for index in range(a.vocab_size):
+        if a.id_to_piece(index) != b.id_to_piece(index):
+            return f"piece {index} is {a.id_to_piece(index)!r} and {b.id_to_piece(index)!r}"
+    return "the same pieces, joined otherwise" if a.encode(_TOKENIZER_PROBE) != b.encode(_TOKENIZER_PROBE) else ""
 
 
 def _student(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> TrainedModel:

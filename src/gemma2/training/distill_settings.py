@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from gemma2.config import Gemma2Config
 from gemma2.training.settings import (
@@ -52,11 +53,10 @@ class StudentSettings(Section):
     def _known_model_fields(cls, values: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if values is None else checked_model_fields(values)
 
-    @model_validator(mode="after")
-    def _one_of_two(self) -> StudentSettings:
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
         if (self.name is None) == (self.model is None):
-            raise ValueError("needs either name, of a model that exists, or model, the fields of a new one")
-        return self
+            yield "needs either name, of a model that exists, or model, the fields of a new one"
 
     def new_config(self, vocab_size: int) -> Gemma2Config:
         """The architecture of a new student."""
@@ -74,6 +74,11 @@ class DivergenceSettings(Section):
     temperature: float = Field(default=1.0, gt=0)
     hard_label_weight: float = Field(default=0.0, ge=0, le=1)
     """From 0, the teacher alone, to 1, the text alone."""
+
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
+        if "beta" in self.model_fields_set and self.kind != "jsd":
+            yield f"beta is of jsd only, but kind is {self.kind}; leave it out"
 
 
 class OnPolicySettings(Section):
@@ -123,32 +128,42 @@ class DistillSettings(Section):
     def _home_of_output(cls, path: Path) -> Path:
         return path.expanduser()
 
-    @model_validator(mode="after")
-    def _fitting(self) -> DistillSettings:
-        if (self.text is None) == (self.examples is None):
-            raise ValueError("data is needed: either text, documents as for pretrain, or examples, as for tune")
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
+        run, teacher = self.run, self.teacher
+        data = self.text or self.examples
+        if data is None or (self.text is not None and self.examples is not None):
+            yield "data is needed: either text, documents as for pretrain, or examples, as for tune"
+        else:
+            yield from run.misfits_with(data.validation, f"{'text' if self.text else 'examples'}.validation")
         if self.examples is not None and self.examples.format == "preference":
-            raise ValueError("examples.format: a teacher's words are learned from single examples, not from pairs")
-        if self.run.num_steps is not None and self.run.num_epochs is not None:
-            raise ValueError("run: num_epochs and num_steps both say how long the run is; give one of them")
-        if self.text is not None and self.run.num_steps is None:
-            raise ValueError("run.num_steps is needed with text, which has no epochs")
+            yield "examples.format: a teacher's words are learned from single examples, not from pairs"
+        if run.num_steps is not None and run.num_epochs is not None:
+            yield "run: num_epochs and num_steps both say how long the run is; give one of them"
+        if self.text is not None and run.num_steps is None:
+            yield "run.num_steps is needed with text, which has no epochs"
+        if run.compile:
+            yield "run.compile is of pretraining and tuning; the loss of distillation has no such form; leave it out"
         if self.adapter is not None and self.student.name is None:
-            raise ValueError("adapter: a new student is random, and cannot be learned by an adapter alone")
-        teacher = self.teacher
+            yield "adapter: a new student is random, and cannot be learned by an adapter alone"
         allowed = {"torch": ("auto", "float32", "bfloat16", "nf4"), "cpu": ("auto", "float32", "bfloat16", "q8", "q4")}
         if teacher.weights not in allowed[teacher.backend]:
-            raise ValueError(
-                f"teacher.weights: {teacher.backend} runs {', '.join(allowed[teacher.backend])}, not {teacher.weights}"
+            names = ", ".join(allowed[teacher.backend])
+            yield f"teacher.weights: {teacher.backend} runs {names}, not {teacher.weights}"
+        if self.on_policy is None:
+            return
+        if teacher.cache is not None:
+            yield "on_policy: what the student will say cannot be in teacher.cache; leave one of them out"
+        if self.objective.hard_label_weight:
+            yield (
+                "objective.hard_label_weight: with on_policy the words that follow are the student's own, which it "
+                "must not take for the truth; leave one of them out"
             )
-        if teacher.cache is not None and self.on_policy is not None:
-            raise ValueError("on_policy: what the student will say cannot be in teacher.cache; leave one of them out")
-        data = self.text or self.examples
-        assert data is not None
-        for name in ("keep_best", "early_stopping_patience"):
-            if getattr(self.run, name) and not data.validation:
-                raise ValueError(f"run.{name} goes by the validation loss; name files under validation")
-        return self
+        if self.text is not None and self.on_policy.prompt_tokens >= run.sequence_length:
+            yield (
+                f"on_policy.prompt_tokens ({self.on_policy.prompt_tokens}) must be below run.sequence_length "
+                f"({run.sequence_length}), so that something is left to say"
+            )
 
 
 def load_distill_settings(path: str | Path, overrides: list[str] | None = None) -> DistillSettings:

@@ -30,7 +30,7 @@ from gemma2.training.memory_use import peak_memory_bytes
 from gemma2.training.objectives import Batch, CountUnits, MetricSums, Objective, count_labels
 from gemma2.training.optimizer import begin_moments, learning_rate_at, make_optimizer
 from gemma2.training.run_log import NoLog, RunLog
-from gemma2.training.run_state import fill_tensors, load_best, save_best, save_run_state
+from gemma2.training.run_state import best_loss, fill_tensors, load_best, save_best, save_run_state
 from gemma2.training.settings import LoopSettings, OptimizerSettings
 
 
@@ -60,7 +60,7 @@ class Progress(Protocol):
     """Who shows a person how far the run is."""
 
     def on_step(self, report: StepReport) -> None: ...
-    def on_validation(self, step: int, loss: float, bits_per_byte: float) -> None: ...
+    def on_validation(self, step: int, loss: float, bits_per_byte: float | None) -> None: ...
     def on_checkpoint(self, path: Path) -> None: ...
 
 
@@ -69,8 +69,9 @@ class ValidationResult:
     """Loss on a fixed set of text."""
 
     loss: float
-    """Mean, in nats per token."""
+    """Mean, in nats per token, or whatever the objective sums up, per unit that is counted."""
     bits_per_byte: float
+    """Of text alone."""
 
     @property
     def perplexity(self) -> float:
@@ -115,6 +116,7 @@ class Trainer:
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
         validation_objective: what validation measures; left out, `objective`.
         count_units: what the summed loss of a batch is divided by; left out, its labels.
+        measures_text: whether validation is in nats per token, so that it has a perplexity and bits per byte.
         metrics: what the objective reports beside its loss, for the log.
         ranks: the processes; the loader and the validation then give this one's rows.
     """
@@ -134,6 +136,7 @@ class Trainer:
         fingerprint: dict[str, Any],
         validation_objective: Objective | None = None,
         count_units: CountUnits = count_labels,
+        measures_text: bool = True,
         metrics: MetricSums | None = None,
         ranks: Ranks = ONE_PROCESS,
     ) -> None:
@@ -150,6 +153,7 @@ class Trainer:
         self.progress = progress
         self.fingerprint = fingerprint
         self.count_units = count_units
+        self.measures_text = measures_text
         self.metrics = metrics
         self.ranks = ranks
         self.device = next(model.parameters()).device
@@ -158,6 +162,9 @@ class Trainer:
         self.seconds = 0.0
         self.best_loss = math.inf
         self.validations_since_best = 0
+        self._losses: list[float] = []  # since the last line of the log
+        self._is_resumed = False
+        self._last_checkpoint: int | None = None
 
     @property
     def stopped_early(self) -> bool:
@@ -178,6 +185,7 @@ class Trainer:
             "seconds": self.seconds,
             "best_loss": self.best_loss,
             "validations_since_best": self.validations_since_best,
+            "losses": list(self._losses),
             "model": self._trained(),
             "optimizer": self.optimizer.state_dict(),
             "loader": _to_tensors(self.loader.state_dict()),
@@ -196,6 +204,8 @@ class Trainer:
         self.loader.load_state_dict(_from_tensors(state["loader"]))
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         self.best_loss, self.validations_since_best = state["best_loss"], state["validations_since_best"]
+        self._losses = list(state.get("losses", []))
+        self._is_resumed, self._last_checkpoint = True, self.step
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -216,14 +226,17 @@ class Trainer:
             should_stop: asked after each step; if it says so, a checkpoint is written and the run ends early.
 
         Raises:
-            DataError: the loss is no longer a finite number, or the data ends early.
+            DataError: the loss is no longer a finite number, the data ends early, or cannot be read; before the last,
+                one process writes a checkpoint.
         """
         run, checkpoints = self.run_settings, self.folder / "checkpoints"
+        if run.keep_best and best_loss(checkpoints, ranks=self.ranks) != self.best_loss:
+            self.best_loss = math.inf  # it was not kept when it was found: the next validation is the best
         log: RunLog | NoLog = NoLog()
         if self.ranks.is_first:
             log = RunLog(
                 self.folder / "log.jsonl",
-                last_step=self.step,
+                last_step=self.step if self._is_resumed else -1,
                 tensorboard=self.folder / "tensorboard" if run.tensorboard else None,
             )
         self.model.train()
@@ -231,10 +244,20 @@ class Trainer:
         self._began, self._seconds_before = time.monotonic(), self.seconds
         if self.step == 0 and run.validate_first and self.validation is not None:
             result = self._validate(self.validation, log)
-        since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
+        since_log_tokens, since_log_time = 0, time.monotonic()
         while not self.is_done:
-            loss, num_tokens, grad_norm, rate = self._one_step()
-            since_log_losses.append(loss)
+            try:
+                packed = next(self.loader)
+            except StopIteration:
+                raise DataError(
+                    f"the data ended at step {self.step} of {self.num_steps}; give more data or fewer steps"
+                ) from None
+            except DataError:
+                if self.ranks.world_size == 1 and self._last_checkpoint != self.step > 0:
+                    self._save(log)  # so that it goes on from here when the data is mended, or bad data is skipped
+                raise
+            loss, num_tokens, grad_norm, rate = self._one_step(packed)
+            self._losses.append(loss)
             since_log_tokens += num_tokens
             is_last = self.step == self.num_steps
             stopping = self.ranks.any(should_stop())
@@ -243,7 +266,7 @@ class Trainer:
                 report = StepReport(
                     step=self.step,
                     num_steps=self.num_steps,
-                    loss=sum(since_log_losses) / len(since_log_losses),
+                    loss=sum(self._losses) / len(self._losses),
                     tokens_per_second=since_log_tokens / max(elapsed, 1e-9),
                     memory_bytes=peak_memory_bytes(self.device),
                 )
@@ -260,17 +283,12 @@ class Trainer:
                     **self._taken_metrics(),
                 )
                 self.progress.on_step(report)
-                since_log_tokens, since_log_time, since_log_losses = 0, time.monotonic(), []
+                self._losses, since_log_tokens, since_log_time = [], 0, time.monotonic()
             if self.validation is not None and (self.step % run.validate_every == 0 or is_last):
                 result = self._validate(self.validation, log)
                 since_log_time = time.monotonic()
             if self.step % run.checkpoint_every == 0 or is_last or stopping or self.stopped_early:
-                self.seconds = self._total_seconds()
-                path = save_run_state(
-                    checkpoints, self.step, self.state_dict(), to_keep=run.checkpoints_to_keep, ranks=self.ranks
-                )
-                log.plot(self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
-                self.progress.on_checkpoint(path)
+                self._save(log)
             if stopping:
                 break
         self.seconds = self._total_seconds()
@@ -283,6 +301,20 @@ class Trainer:
                 fill_tensors({"model": self._trained()}, best)
         return result
 
+    def _save(self, log: RunLog | NoLog) -> None:
+        """Writes a checkpoint and draws the curve."""
+        self.seconds = self._total_seconds()
+        path = save_run_state(
+            self.folder / "checkpoints",
+            self.step,
+            self.state_dict(),
+            to_keep=self.run_settings.checkpoints_to_keep,
+            ranks=self.ranks,
+        )
+        self._last_checkpoint = self.step
+        log.plot(self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
+        self.progress.on_checkpoint(path)
+
     def _validate(self, validation: ValidationSet, log: RunLog | NoLog) -> ValidationResult:
         """Measures, and keeps the weights if they are the best so far and that is wanted."""
         self._taken_metrics()  # of training steps since the last line of the log
@@ -294,21 +326,21 @@ class Trainer:
             count_units=self.count_units,
             ranks=self.ranks,
         )
+        of_text = {"perplexity": round(result.perplexity, 3), "bits_per_byte": round(result.bits_per_byte, 5)}
         log.write(
             event="validation",
             step=self.step,
             tokens=self.tokens_seen,
             loss=round(result.loss, 5),
-            perplexity=round(result.perplexity, 3),
-            bits_per_byte=round(result.bits_per_byte, 5),
+            **(of_text if self.measures_text else {}),
             **self._taken_metrics(),
         )
-        self.progress.on_validation(self.step, result.loss, result.bits_per_byte)
+        self.progress.on_validation(self.step, result.loss, result.bits_per_byte if self.measures_text else None)
         self.validations_since_best += 1
         if result.loss < self.best_loss:
             self.best_loss, self.validations_since_best = result.loss, 0
             if self.run_settings.keep_best:
-                state = {"step": self.step, "model": self._trained()}
+                state = {"step": self.step, "loss": result.loss, "model": self._trained()}
                 save_best(self.folder / "checkpoints", state, ranks=self.ranks)
         return result
 
@@ -320,17 +352,11 @@ class Trainer:
     def _total_seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._began
 
-    def _one_step(self) -> tuple[float, int, float, float]:
+    def _one_step(self, packed: PackedBatch) -> tuple[float, int, float, float]:
         """One optimizer step; returns its mean loss, its number of labels, the gradient's norm and the rate.
 
         All four are of the whole batch, over all processes.
         """
-        try:
-            packed = next(self.loader)
-        except StopIteration:
-            raise DataError(
-                f"the data ended at step {self.step} of {self.num_steps}; give more data or fewer steps"
-            ) from None
         batch = Batch.on_device(packed, self.device)
         num_tokens, num_units = map(int, self.ranks.total(packed.num_tokens, self.count_units(packed)))
         divisor = max(1, num_units)

@@ -46,6 +46,7 @@ class OnPolicyLoader:
         self._loader = loader
         self._student = student
         self._engine = Engine(TorchBackend(student), tokenizer)
+        self._context = student.config.max_position_embeddings
         self._settings = settings
         self._seed = seed
         self._count = 0
@@ -77,7 +78,8 @@ class OnPolicyLoader:
         prompts, params, kept = [], [], []
         for row, first, end, room_end in places:
             prompt = packed.input_ids[row, first : first + self._prompt_length(packed.labels[row, first:end])]
-            room = room_end - first - len(prompt) + 1
+            # The last token is a label alone, unless the row is as long as the context, which the engine does not pass.
+            room = min(room_end - first + 1, self._context) - len(prompt)
             if room < 1 or len(prompt) == 0:
                 continue
             prompts.append(prompt.tolist())

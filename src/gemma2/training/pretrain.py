@@ -6,7 +6,6 @@ and at the end model/, a Hugging Face folder. Called again with the same setting
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,10 +25,10 @@ from gemma2.text import Tokenizer, train_tokenizer
 from gemma2.training.loop import Progress, Trainer
 from gemma2.training.objectives import next_token_objective
 from gemma2.training.run_folder import RunFolder
-from gemma2.training.run_stages import check_machine, resume_and_train, use_threads
+from gemma2.training.run_stages import check_layers, check_machine, resume_and_train, use_threads
 from gemma2.training.settings import DataSettings, PretrainSettings, TokenizerSettings
 from gemma2.training.shared_model import save_model
-from gemma2.training.text_data import text_loader, text_validation
+from gemma2.training.text_data import check_text, text_loader, text_validation
 from gemma2.training.trained_model import new_model
 
 SAMPLE_PIECE_CHARACTERS = 20_000
@@ -85,14 +84,7 @@ def check_settings(settings: PretrainSettings, *, ranks: Ranks = ONE_PROCESS) ->
     """
     run = settings.run
     device = check_machine(run, settings.optimizer, ranks)
-    if run.batch_size % settings.data.num_streams:
-        raise ConfigError(
-            f"run.batch_size is {run.batch_size}, and must be a multiple of data.num_streams, which is "
-            f"{settings.data.num_streams}"
-        )
-    files = expand_files(settings.data.train)
-    if settings.data.validation:
-        expand_files(settings.data.validation)
+    files = check_text(settings.data, run)
     vocab_size = settings.tokenizer.vocab_size
     if settings.tokenizer.folder is not None:
         tokenizer = Tokenizer.from_folder(settings.tokenizer.folder)
@@ -105,11 +97,8 @@ def check_settings(settings: PretrainSettings, *, ranks: Ranks = ONE_PROCESS) ->
             f"run.sequence_length ({run.sequence_length}) must not pass model.max_position_embeddings "
             f"({config.max_position_embeddings})"
         )
-    if run.compile and device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ConfigError(
-            "run.compile needs a C++ compiler, and none is found; install g++, or set run.compile to false"
-        )
-    RunFolder(settings.output, settings, ranks).last_state()
+    check_layers(config, run)
+    RunFolder(settings.output, settings, ranks).check()
     return PretrainPlan(files=files, device=device, config=config)
 
 

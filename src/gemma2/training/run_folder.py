@@ -30,10 +30,15 @@ FREE_TO_CHANGE: Final[Mapping[str, tuple[str, ...] | None]] = {
         "save_dtype",
         "num_threads",
         "device",
+        "micro_batch_size",
+        "gradient_checkpointing",
     ),
+    "data": ("on_error",),
+    "text": ("on_error",),
+    "examples": ("on_error",),
 }
-"""Settings that a resumed run need not share. Another device or number of threads or processes changes how sums are
-rounded, so the weights are then not the very same ones."""
+"""Settings that a resumed run need not share. Another device, number of threads or processes, or micro batch
+changes how sums are rounded, so the weights are then not the very same ones."""
 
 
 class RunFolder:
@@ -60,7 +65,7 @@ class RunFolder:
                 values.pop(section, None)
             else:
                 for name in names:
-                    values.get(section, {}).pop(name, None)
+                    (values.get(section) or {}).pop(name, None)
         return values
 
     @contextmanager
@@ -94,16 +99,33 @@ class RunFolder:
             ConfigError: it is of a run with other settings.
             CheckpointError: it cannot be read.
         """
-        newest = self.ranks.first_does(lambda: next(reversed(list_run_states(self.checkpoints)), None))
+        newest = self._newest()
         if newest is None:
             return None
         state = load_run_state(newest, ranks=self.ranks)
+        self._check(state)
+        return newest.name, state
+
+    def check(self) -> None:
+        """Refuses what `last_state` refuses, without reading tensors.
+
+        Raises:
+            ConfigError: it is of a run with other settings.
+            CheckpointError: it cannot be read.
+        """
+        newest = self._newest()
+        if newest is not None:
+            self._check(load_run_state(newest, ranks=self.ranks, mapped=True))
+
+    def _newest(self) -> Path | None:
+        return self.ranks.first_does(lambda: next(reversed(list_run_states(self.checkpoints)), None))
+
+    def _check(self, state: dict[str, Any]) -> None:
         if changed := differences(state["fingerprint"], self.fingerprint):
             raise ConfigError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}); "
                 f"put them back to resume it, or give another output folder"
             )
-        return newest.name, state
 
     def write_settings(self) -> None:
         """Writes all settings, defaults too, to settings.yaml."""

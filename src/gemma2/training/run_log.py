@@ -85,6 +85,12 @@ def _tensorboard_writer(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
+def _of_text(validation: dict[str, Any]) -> str:
+    if "bits_per_byte" in validation:
+        return f"{validation['bits_per_byte']:.3f} bits per byte"
+    return f"{validation['loss']:.4f}"
+
+
 def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Draws training and validation loss over tokens, and the learning rate below, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -106,9 +112,10 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> Non
             color="#c0392b",
             marker="o",
             markersize=3,
-            label=f"validation (last: {validations[-1]['bits_per_byte']:.3f} bits per byte)",
+            label=f"validation (last: {_of_text(validations[-1])})",
         )
-    loss_axes.set_ylabel("loss, nats per token")
+    is_text = all("bits_per_byte" in entry for entry in validations)
+    loss_axes.set_ylabel("loss, nats per token" if is_text else "loss")
     lowest = min(entry["loss"] for entry in steps + validations)
     loss_axes.set_ylim(lowest - 0.2, min(lowest + 4, max(entry["loss"] for entry in steps) + 0.2))
     loss_axes.set_title(title)

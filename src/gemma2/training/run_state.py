@@ -12,6 +12,7 @@ whole checkpoints only. Either is read by any number of processes.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gemma2.checkpoints.staging import sync
 from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.distributed.failures import is_lost_connection
 from gemma2.errors import CheckpointError
@@ -72,6 +74,19 @@ def load_best(folder: Path, *, ranks: Ranks = ONE_PROCESS) -> dict[str, Any]:
     return load_run_state(folder / _BEST if (folder / _BEST).exists() else folder / _SHARED_BEST, ranks=ranks)
 
 
+def best_loss(folder: Path, *, ranks: Ranks = ONE_PROCESS) -> float:
+    """The loss of the weights that `save_best` wrote last; infinity if there are none that can be read."""
+
+    def read() -> float:
+        path = folder / _BEST if (folder / _BEST).exists() else folder / _SHARED_BEST / _NUMBERS
+        try:
+            return float(_load(path, mapped=True).get("loss", math.inf))
+        except Exception:  # torch raises many kinds for a damaged file
+            return math.inf
+
+    return ranks.first_does(read)
+
+
 def list_run_states(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     if not folder.is_dir():
@@ -79,12 +94,13 @@ def list_run_states(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: path.name[:13])
 
 
-def load_run_state(path: Path, *, ranks: Ranks = ONE_PROCESS) -> dict[str, Any]:
+def load_run_state(path: Path, *, ranks: Ranks = ONE_PROCESS, mapped: bool = False) -> dict[str, Any]:
     """Reads a checkpoint.
 
     Args:
         path: one of `list_run_states`.
         ranks: the processes.
+        mapped: whether tensors stay on the disk until they are looked at.
 
     Returns:
         What was saved. With several processes its tensors are still on the disk; `fill_tensors` reads them.
@@ -94,12 +110,12 @@ def load_run_state(path: Path, *, ranks: Ranks = ONE_PROCESS) -> dict[str, Any]:
     """
     try:
         if not path.is_dir():
-            return _load(path, mapped=ranks.world_size > 1)
+            return _load(path, mapped=mapped or ranks.world_size > 1)
         state = _load(path / _NUMBERS)
         loaders = sorted(path.glob("loader-*.pt"))
         if loaders:
             state["loader"] = {key: value for file in loaders for key, value in _load(file).items()}
-        if ranks.world_size > 1:
+        if mapped or ranks.world_size > 1:
             return {**state, _FOLDER: path}
         from gemma2.distributed.tensor_files import read_whole_tensors
 
@@ -143,6 +159,7 @@ def _write(path: Path, state: dict[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         _save(beside, state)
         beside.replace(path)
+        sync(path.parent)
         for left_over in path.parent.glob("*.partial"):  # of a run that was killed while it wrote
             _remove(left_over)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -199,6 +216,7 @@ def _write_shared(path: Path, state: dict[str, Any], ranks: Ranks) -> Path:
     def publish() -> None:
         _remove(path)
         beside.replace(path)
+        sync(path.parent)
 
     rest, tensors = _without_tensors({key: value for key, value in state.items() if key != "loader"})
     try:

@@ -5,10 +5,11 @@ Fields of `model` are those of `Gemma2Config`. Numbers of tokens count labels, t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from gemma2.config import Gemma2Config
 from gemma2.errors import ConfigError, nearest_name
@@ -48,6 +49,9 @@ class DataSettings(Section):
     this, never on how many processes there are; each process reads the streams of its rows only."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSettings(Section):
     """AdamW or Muon with linear warm-up and cosine decay; weight decay on matrices only."""
 
@@ -56,7 +60,7 @@ class OptimizerSettings(Section):
     learning_rate: float = Field(gt=0)
     final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=100, ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """muon: of the matrices of layers; `betas` and `eps` are AdamW's."""
@@ -79,7 +83,7 @@ class LoopSettings(Section):
     compile: bool = False
     """Whether torch.compile fuses the loss over the vocabulary; needs a C++ compiler on the CPU."""
     device: str = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     num_threads: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     validate_every: int = Field(default=250, ge=1)
@@ -96,14 +100,19 @@ class LoopSettings(Section):
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the model folder that is written at the end."""
 
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> LoopSettings:
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
+            yield (
                 f"batch_size must be a multiple of micro_batch_size, but they are "
                 f"{self.batch_size} and {self.micro_batch_size}"
             )
-        return self
+
+    def misfits_with(self, validation: list[str], setting: str) -> Iterator[str]:
+        """What needs a validation, where there is none; `setting` would name its files."""
+        for name in ("keep_best", "early_stopping_patience"):
+            if getattr(self, name) and not validation:
+                yield f"run.{name} goes by the validation loss; name files under {setting}"
 
 
 class ParallelSettings(Section):
@@ -133,6 +142,10 @@ class PretrainSettings(Section):
     optimizer: OptimizerSettings
     run: RunSettings
     parallel: ParallelSettings = ParallelSettings()
+
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
+        yield from self.run.misfits_with(self.data.validation, "data.validation")
 
     @field_validator("output")
     @classmethod

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from gemma2.errors import ConfigError, nearest_name
+
+
+class MisfitError(ValueError):
+    """Values that are right each by itself and wrong together; one sentence for each such mistake."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        super().__init__(" | ".join(sentences))
+        self.sentences = sentences
 
 
 class Section(BaseModel):
     """A section of a settings file: no unknown keys, nothing changes once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def misfits(self) -> Iterator[str]:
+        """Gives a sentence for each set of values that do not go together."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Section:
+        if sentences := list(self.misfits()):
+            raise MisfitError(sentences)
+        return self
 
 
 Settings = TypeVar("Settings", bound=Section)
@@ -49,7 +68,7 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: Sequence[st
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(kind, problem) for problem in error.errors()]
+        problems = list(dict.fromkeys(_all_problems(kind, values, error)))
         count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise ConfigError(f"{path}: {count}: " + " | ".join(problems)) from None
 
@@ -85,17 +104,51 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _describe(kind: type[BaseModel], problem: Any) -> str:
+def _all_problems(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> Iterator[str]:
+    """Describes what is wrong, and what of the rest does not go together: that is looked at without what is wrong."""
+    wrong = [problem for problem in error.errors() if problem["type"] != "value_error" or _is_at_a_key(problem)]
+    for problem in error.errors():
+        yield from _describe(kind, problem)
+    if not wrong:
+        return
+    rest = copy.deepcopy(values)
+    for problem in wrong:
+        _remove(rest, problem["loc"])
+    try:
+        kind.model_validate(rest)
+    except ValidationError as further:
+        for problem in further.errors():
+            if problem["type"] == "value_error":
+                yield from _describe(kind, problem)
+
+
+def _is_at_a_key(problem: Any) -> bool:
+    """Whether a mistake is one key's, and not of a section as a whole."""
+    return not isinstance(problem["ctx"]["error"], MisfitError)
+
+
+def _remove(values: Any, location: tuple[int | str, ...]) -> None:
+    *sections, last = location
+    for part in sections:
+        values = values.get(part) if isinstance(values, dict) else None
+    if isinstance(values, dict):
+        values.pop(last, None)
+
+
+def _describe(kind: type[BaseModel], problem: Any) -> Iterator[str]:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section = _section_at(kind, problem["loc"][:-1])
         hint = nearest_name(str(problem["loc"][-1]), section.model_fields) if section else ""
-        return f"{location}: there is no such setting.{hint}"
-    if problem["type"] == "missing":
-        return f"{location}: is needed, but is not there"
-    if problem["type"] == "value_error":
-        return f"{location}: {problem['ctx']['error']}" if location else str(problem["ctx"]["error"])
-    return f"{location}: {problem['msg']}, but is {problem['input']!r}"
+        yield f"{location}: there is no such setting.{hint}"
+    elif problem["type"] == "missing":
+        yield f"{location}: is needed, but is not there"
+    elif problem["type"] == "value_error":
+        error = problem["ctx"]["error"]
+        sentences = error.sentences if isinstance(error, MisfitError) else [str(error)]
+        yield from (f"{location}: {sentence}" if location else sentence for sentence in sentences)
+    else:
+        yield f"{location}: {problem['msg']}, but is {problem['input']!r}"
 
 
 def _section_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:

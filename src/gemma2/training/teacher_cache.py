@@ -6,8 +6,9 @@ log-probabilities, and the probability of all others together (see `TeacherTopK`
     cache.json                 what it is of: settings of the data, the teacher, K, temperature, words, steps
     steps-00000000.safetensors steps 0 … 15, and so on: arrays, and hashes of the batches that they belong to
 
-A file is written beside and renamed, and the numbers in it carry a checksum, so that a cache that was cut short goes on
-with the next file, and one that was damaged, or belongs to other batches, is refused.
+A file is written beside and renamed, every two minutes while it grows, and the numbers in it carry a checksum. So a
+cache that was cut short goes on with the next step, one that belongs to other batches is refused, and what was damaged
+is written anew.
 
 A token takes K · (2 or 4 bytes for the word, 2 for its log-probability) + 4 bytes: 4 bytes a word up to 65,536 words.
 """
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -36,7 +40,10 @@ from gemma2.training.objectives import Batch
 from gemma2.training.settings_file import differences
 
 STEPS_PER_FILE: Final = 16
-_VERSION: Final = 1
+_SECONDS_BETWEEN_WRITES: Final = 120.0
+_VERSION: Final = 2
+_NUM_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 4096
 _INFO_FILE: Final = "cache.json"
 
 
@@ -45,7 +52,7 @@ class CacheInfo:
     """What a cache is of."""
 
     identity: dict[str, Any]
-    """Teacher and data, as settings have them; whoever reads it must have the same."""
+    """Teacher (see `teacher_fingerprint`) and data, as settings have them; whoever reads it must have the same."""
     vocab_size: int
     top_k: int
     temperature: float
@@ -68,6 +75,33 @@ class CacheInfo:
         }
 
 
+_Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Ids (T, K) int64, log-probabilities (T, K) and the others' probability (T,) at the T trained tokens of a step."""
+
+
+def teacher_fingerprint(files: Sequence[Path]) -> str:
+    """Tells one teacher's weights from another's, wherever they lie: a hash of sizes and of samples of what they hold.
+
+    A teacher that was trained on has other numbers in every tensor, so 64 pieces of 4 KB of each file tell as much as
+    all of its gigabytes.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    hashed = xxhash.xxh3_128()
+    try:
+        for path in sorted(files, key=lambda path: path.name):
+            size = path.stat().st_size
+            hashed.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                for part in range(_NUM_SAMPLES):
+                    file.seek(part * max(size - _SAMPLE_BYTES, 0) // (_NUM_SAMPLES - 1))
+                    hashed.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return hashed.hexdigest()
+
+
 def write_teacher_cache(
     folder: Path,
     info: CacheInfo,
@@ -78,49 +112,86 @@ def write_teacher_cache(
     on_step: Callable[[int, int], None] = lambda step, num_tokens: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Writes a cache, or goes on where an earlier call ended.
+    """Writes a cache, or goes on where an earlier call ended; what is there is checked, and a damaged file made anew.
 
     Args:
         folder: of the cache.
-        info: what it is of.
+        info: what it is of. A cache of fewer steps is made longer.
         loader: the batches of the run that will read it, from the first.
         teacher: whose words.
         device: where the teacher runs.
         on_step: is told of each step that is done: how many so far, and how many tokens it had (0 if it was there).
-        should_stop: asked after each file.
+        should_stop: asked after each step.
 
     Returns:
         Whether it is whole.
 
     Raises:
-        ConfigError: the folder holds a cache of something else.
+        ConfigError: the folder holds a cache of something else, or another process is writing it.
         CheckpointError: it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _INFO_FILE
-        if path.exists():
-            _check_same(folder, _read_info(folder), info.to_dict())
-        else:
-            _write(path, (json.dumps(info.to_dict(), indent=2) + "\n").encode())
-        for first in range(0, info.num_steps, STEPS_PER_FILE):
-            file = _file(folder, first)
-            last = min(first + STEPS_PER_FILE, info.num_steps)
-            batches = [next(loader) for _ in range(first, last)]
-            if file.exists():
-                for step in range(first, last):
-                    on_step(step + 1, 0)
-                continue
-            parts = []
-            for step, packed in enumerate(batches, start=first):
-                parts.append(_words_of(packed, teacher, info, device))
-                on_step(step + 1, packed.num_tokens)
-            _write(file, _pack(batches, parts))
-            if should_stop():
-                return last == info.num_steps
+        with _locked(folder):
+            _describe(folder, info)
+            for first in range(0, info.num_steps, STEPS_PER_FILE):
+                last = min(first + STEPS_PER_FILE, info.num_steps)
+                if not _write_steps(folder, info, range(first, last), loader, teacher, device, on_step, should_stop):
+                    return False
     except OSError as error:
         raise CheckpointError(f"{folder}: the cache cannot be written: {error.strerror or error}") from error
     return True
+
+
+def _write_steps(
+    folder: Path,
+    info: CacheInfo,
+    steps: range,
+    loader: Loader,
+    teacher: Callable[[Batch], TeacherLogits],
+    device: torch.device,
+    on_step: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Writes one file, or what it lacks; returns whether all of its steps are there."""
+    file = _file(folder, steps.start)
+    parts = _kept_words(file, info)
+    num_kept = 0 if parts is None else len(parts[0])
+    hashes, words = ([], []) if parts is None else parts
+    written = time.monotonic()
+    for index, step in enumerate(steps):
+        packed = next(loader)
+        if index < num_kept:
+            if hashes[index] != _hash(packed):
+                raise _other_batch(file, step)
+            on_step(step + 1, 0)
+        else:
+            hashes.append(_hash(packed))
+            words.append(_words_of(packed, teacher, info, device))
+            on_step(step + 1, packed.num_tokens)
+        is_last, must_stop = step == steps[-1], should_stop()
+        is_due = time.monotonic() > written + _SECONDS_BETWEEN_WRITES
+        if index >= num_kept and (is_last or must_stop or is_due):
+            _write(file, _pack(hashes, words))
+            written = time.monotonic()
+        if must_stop and not (is_last and step + 1 == info.num_steps):
+            return False
+    return True
+
+
+def _kept_words(file: Path, info: CacheInfo) -> tuple[list[int], list[_Words]] | None:
+    """Hashes and words of the steps that a file holds; None if it is not there, or damaged."""
+    if not file.exists():
+        return None
+    try:
+        arrays = _unpack(file, info)
+    except CheckpointError:
+        return None
+    starts = arrays["starts"]
+    columns = (torch.from_numpy(arrays[name]) for name in ("ids", "log_probs", "rest"))
+    ids, log_probs, rest = (torch.split(column, np.diff(starts).tolist()) for column in columns)
+    words = [(i.long(), p.float(), r) for i, p, r in zip(ids, log_probs, rest, strict=True)]
+    return [int(value) for value in arrays["hashes"]], words
 
 
 class TeacherCache:
@@ -129,36 +200,33 @@ class TeacherCache:
     Args:
         folder: that `write_teacher_cache` wrote.
         identity: teacher and data of the run that reads.
+        vocab_size: the student's, and so the teacher's.
         temperature: that the run's divergence has.
         num_steps: how many steps the run takes.
 
     Raises:
         ConfigError: it is of other data, another teacher or temperature, or ends too early.
-        CheckpointError: it is not there, or damaged.
+        CheckpointError: it is not there, cut short or not whole. Checksums are looked at when a file is read.
     """
 
-    def __init__(self, folder: Path, *, identity: dict[str, Any], temperature: float, num_steps: int) -> None:
-        written = _read_info(folder)
-        self.info = CacheInfo(
-            identity=written["identity"],
-            vocab_size=written["vocab_size"],
-            top_k=written["top_k"],
-            temperature=written["temperature"],
-            num_steps=written["num_steps"],
-        )
-        asked = {**written, "identity": identity, "temperature": temperature}
-        _check_same(folder, written, asked)
+    def __init__(
+        self, folder: Path, *, identity: dict[str, Any], vocab_size: int, temperature: float, num_steps: int
+    ) -> None:
+        self.info = _read_info(folder)
+        asked = {"identity": identity, "vocab_size": vocab_size, "temperature": temperature}
+        _check_same(folder, self.info, asked)
         if num_steps > self.info.num_steps:
             raise ConfigError(
-                f"{folder}: holds {self.info.num_steps} steps, but the run takes {num_steps}; "
-                "write the cache with as many, or take fewer"
+                f"{folder}: holds {self.info.num_steps} steps, but the run takes {num_steps}; `gemma2 distill cache` "
+                "with this run's settings makes it longer"
             )
-        missing = [
-            file.name for first in range(0, num_steps, STEPS_PER_FILE) if not (file := _file(folder, first)).exists()
+        firsts = range(0, num_steps, STEPS_PER_FILE)
+        short = [
+            first for first in firsts if _num_steps_in(_file(folder, first)) < min(STEPS_PER_FILE, num_steps - first)
         ]
-        if missing:
+        if short:
             raise CheckpointError(
-                f"{folder}: lacks {len(missing)} files ({missing[0]}, …); `gemma2 distill cache` goes on writing it"
+                f"{folder}: is not whole, from step {short[0]} on; `gemma2 distill cache` goes on writing it"
             )
         self._folder = folder
         self._held: tuple[int, dict[str, npt.NDArray[Any]]] | None = None
@@ -175,14 +243,11 @@ class TeacherCache:
         """
         first = step - step % STEPS_PER_FILE
         if self._held is None or self._held[0] != first:
-            self._held = (first, _unpack(_file(self._folder, first)))
+            self._held = (first, _unpack(_file(self._folder, first), self.info))
         arrays = self._held[1]
         index = step - first
         if int(arrays["hashes"][index]) != _hash(packed):
-            raise CheckpointError(
-                f"{_file(self._folder, first)}: step {step} was written for another batch; were files, tokenizer or "
-                "settings of the data changed? Write the cache anew into another folder"
-            )
+            raise _other_batch(_file(self._folder, first), step)
         rows = slice(int(arrays["starts"][index]), int(arrays["starts"][index + 1]))
         trained = torch.from_numpy((packed.labels != IGNORED_LABEL).reshape(-1))
         num_places, top_k = trained.numel(), self.info.top_k
@@ -258,7 +323,7 @@ class CachedTeacher:
 
 def _words_of(
     packed: PackedBatch, teacher: Callable[[Batch], TeacherLogits], info: CacheInfo, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Words:
     """Row by row, so that no more of the teacher than one row is in memory."""
     parts = []
     batch = Batch.on_device(packed, device)
@@ -278,12 +343,12 @@ def _words_of(
     return ids, log_probs, rest
 
 
-def _pack(batches: list[PackedBatch], parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> bytes:
+def _pack(hashes: list[int], parts: list[_Words]) -> bytes:
     starts = np.cumsum([0, *(len(ids) for ids, _, _ in parts)], dtype=np.int64)
     ids = np.concatenate([ids.numpy() for ids, _, _ in parts])
     largest = int(ids.max(initial=0))
     arrays = {
-        "hashes": np.array([_hash(packed) for packed in batches], dtype=np.uint64),
+        "hashes": np.array(hashes, dtype=np.uint64),
         "starts": starts,
         "ids": ids.astype(_id_dtype(largest + 1)),
         "log_probs": np.concatenate([log_probs.numpy() for _, log_probs, _ in parts]).astype(np.float16),
@@ -292,18 +357,37 @@ def _pack(batches: list[PackedBatch], parts: list[tuple[torch.Tensor, torch.Tens
     return save(arrays, metadata={"checksum": _checksum(arrays)})
 
 
-def _unpack(file: Path) -> dict[str, npt.NDArray[Any]]:
+def _unpack(file: Path, info: CacheInfo) -> dict[str, npt.NDArray[Any]]:
     try:
         with safe_open(str(file), framework="numpy") as held:
             arrays = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
             checksum = (held.metadata() or {}).get("checksum")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); remove it and run `gemma2 distill cache`") from error
+        raise CheckpointError(f"{file}: cannot be read ({error}); `gemma2 distill cache` writes it anew") from error
     if checksum != _checksum(arrays):
+        raise CheckpointError(f"{file}: is damaged: its checksum is another one; `gemma2 distill cache` writes it anew")
+    if arrays["ids"].shape[1] != info.top_k:
         raise CheckpointError(
-            f"{file}: is damaged: its checksum is another one; remove it and run `gemma2 distill cache` again"
+            f"{file}: holds {arrays['ids'].shape[1]} words a token, but {_INFO_FILE} says {info.top_k}; write the "
+            "cache into another folder"
         )
     return arrays
+
+
+def _num_steps_in(file: Path) -> int:
+    """How many steps a file holds, by its header; 0 if there is none, or it was cut short."""
+    try:
+        with safe_open(str(file), framework="numpy") as held:
+            return int(held.get_slice("hashes").get_shape()[0])
+    except (OSError, SafetensorError):
+        return 0
+
+
+def _other_batch(file: Path, step: int) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: step {step} was written for another batch; were files, tokenizer or settings of the data changed? "
+        "Write the cache into another folder"
+    )
 
 
 def _checksum(arrays: dict[str, npt.NDArray[Any]]) -> str:
@@ -338,25 +422,61 @@ def _write(path: Path, contents: bytes) -> None:
     beside.replace(path)
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{folder}: another process is writing this cache; wait for it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _describe(folder: Path, info: CacheInfo) -> None:
+    """Writes what the cache is of, if it is new or becomes longer."""
+    path = folder / _INFO_FILE
+    if path.exists():
+        written = _read_info(folder)
+        asked = {name: value for name, value in info.to_dict().items() if name not in ("version", "num_steps")}
+        _check_same(folder, written, asked)
+        if info.num_steps <= written.num_steps:
+            return
+    _write(path, (json.dumps(info.to_dict(), indent=2) + "\n").encode())
+
+
+def _read_info(folder: Path) -> CacheInfo:
     path = folder / _INFO_FILE
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
         if values["version"] != _VERSION:
-            raise CheckpointError(f"{path}: has version {values['version']}, but only {_VERSION} can be read")
-        for name in ("identity", "vocab_size", "top_k", "temperature", "num_steps"):
-            values[name]
+            raise CheckpointError(
+                f"{path}: has version {values['version']}, but only {_VERSION} can be read; write the cache into "
+                "another folder"
+            )
+        counts = [values[name] for name in ("vocab_size", "top_k", "num_steps")]
+        if not isinstance(values["identity"], dict) or not all(type(n) is int and n > 0 for n in counts):
+            raise ValueError("vocab_size, top_k and num_steps must be numbers from 1")
+        return CacheInfo(
+            identity=values["identity"],
+            vocab_size=values["vocab_size"],
+            top_k=values["top_k"],
+            temperature=float(values["temperature"]),
+            num_steps=values["num_steps"],
+        )
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: holds no {_INFO_FILE}; write a cache with `gemma2 distill cache SETTINGS.yaml`"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read as the description of a cache: {error!r}") from None
-    return values
 
 
-def _check_same(folder: Path, written: dict[str, Any], asked: dict[str, Any]) -> None:
-    if changed := differences(written, json.loads(json.dumps(asked))):
+def _check_same(folder: Path, written: CacheInfo, asked: dict[str, Any]) -> None:
+    before = {name: value for name, value in written.to_dict().items() if name in asked}
+    if changed := differences(before, json.loads(json.dumps(asked))):
         raise ConfigError(
             f"{folder}: is a cache of something else ({'; '.join(changed)}); "
             "put the settings back, or write another cache"

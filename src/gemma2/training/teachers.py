@@ -26,8 +26,20 @@ def is_teacher_shared(teacher: TeacherSettings, ranks: Ranks) -> bool:
     return ranks.world_size > 1 and is_torch and teacher.weights != "nf4"
 
 
+def teacher_weights(teacher: TeacherSettings, run: LoopSettings) -> str:
+    """The form of a teacher's weights, where settings leave it open."""
+    if teacher.weights != "auto":
+        return teacher.weights
+    return run.dtype if teacher.backend == "torch" else "q8"
+
+
 def live_teacher(
-    teacher: TeacherSettings, checkpoint: Checkpoint, run: LoopSettings, ranks: Ranks, device: torch.device
+    teacher: TeacherSettings,
+    checkpoint: Checkpoint,
+    run: LoopSettings,
+    ranks: Ranks,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> tuple[Callable[[Batch], TeacherLogits], GatheredModel | None]:
     """Opens a teacher.
 
@@ -37,6 +49,7 @@ def live_teacher(
         run: the dtype of products and the number of threads.
         ranks: the processes.
         device: where to, in PyTorch, if it is not shared.
+        say: is given a line where opening takes its time.
 
     Returns:
         The teacher, and what its logits must be asked for within, if processes share its weights.
@@ -44,19 +57,21 @@ def live_teacher(
     Raises:
         CheckpointError: a file cannot be read.
     """
+    weights = teacher_weights(teacher, run)
     if teacher.backend == "cpu":
         from gemma2.cpu import CpuBackend, resolve_num_threads
 
-        weights = "q8" if teacher.weights == "auto" else teacher.weights
-        packed = packed_model(checkpoint, weights, num_threads=resolve_num_threads(run.num_threads))
-        return engine_teacher(CpuBackend(packed, num_threads=run.num_threads)), None
-    dtype = run.dtype if teacher.weights in ("auto", "nf4") else teacher.weights
+        # Several processes share the cores: each has as many threads as PyTorch was given in it.
+        asked = run.num_threads if ranks.world_size == 1 else torch.get_num_threads()
+        packed = packed_model(checkpoint, weights, num_threads=resolve_num_threads(asked), notify=say)
+        return engine_teacher(CpuBackend(packed, num_threads=asked)), None
+    dtype = run.dtype if weights == "nf4" else weights
     compute_dtype = DTYPES[dtype]
     if is_teacher_shared(teacher, ranks):
         gathered = load_shared(checkpoint, ranks, dtype=compute_dtype)
         gathered.requires_grad_(False).eval()
         return torch_teacher(gathered.model, compute_dtype=compute_dtype), gathered
-    replace = partial(quantized_linear, "nf4", dtype) if teacher.weights == "nf4" else None
+    replace = partial(quantized_linear, "nf4", dtype) if weights == "nf4" else None
     model = load_model(checkpoint, dtype=dtype, device=device, replace_linear=replace)
     model.requires_grad_(False).eval()
     return torch_teacher(model, compute_dtype=compute_dtype), None

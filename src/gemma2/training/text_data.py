@@ -6,10 +6,36 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from gemma2.data import PackedLoader, StreamLoader, ValidationSet, tokenize_for_validation
+from gemma2.data import (
+    PackedLoader,
+    StreamLoader,
+    ValidationSet,
+    expand_files,
+    iter_documents,
+    tokenize_for_validation,
+)
 from gemma2.distributed import Ranks
+from gemma2.errors import ConfigError
 from gemma2.text import Tokenizer
 from gemma2.training.settings import DataSettings, LoopSettings
+
+
+def check_text(data: DataSettings, run: LoopSettings) -> list[Path]:
+    """Looks for the files, and whether a text can be read from the first of each kind; returns those to learn from.
+
+    Raises:
+        ConfigError: a batch cannot be dealt out to the streams.
+        DataError: a file is not there, or cannot be read.
+    """
+    if run.batch_size % data.num_streams:
+        raise ConfigError(
+            f"run.batch_size is {run.batch_size}, and must be a multiple of num_streams, which is {data.num_streams}"
+        )
+    files = expand_files(data.train)
+    for names in (data.train, data.validation):
+        if names:
+            next(iter(iter_documents(names, text_key=data.text_key, on_error=data.on_error)))
+    return files
 
 
 def text_loader(

@@ -38,7 +38,15 @@ from gemma2.training.packed_base import load_packed
 from gemma2.training.preference import count_pairs, model_reference, preference_objective
 from gemma2.training.quantized_base import quantized_linear
 from gemma2.training.run_folder import RunFolder
-from gemma2.training.run_stages import check_machine, generation_config, resume_and_train, use_threads
+from gemma2.training.run_stages import (
+    check_layers,
+    check_machine,
+    generation_config,
+    resume_and_train,
+    say_stopped_early,
+    stop_ids,
+    use_threads,
+)
 from gemma2.training.shared_model import load_shared
 from gemma2.training.trained_model import TrainedModel, model_from_checkpoint, save_trained
 from gemma2.training.tune_settings import ENGINE_FORMATS, TuneSettings
@@ -88,13 +96,14 @@ def check_settings(
         )
     checkpoint = open_checkpoint(base_folder)
     _check_parallel(settings, checkpoint, ranks)
+    check_layers(checkpoint.config, run, settings.adapter)
     longest = checkpoint.config.max_position_embeddings
     sequence_length = run.sequence_length or min(longest, DEFAULT_SEQUENCE_LENGTH)
     if sequence_length > longest:
         raise ConfigError(f"run.sequence_length ({sequence_length}) must not pass the model's {longest} tokens")
     tokenizer = Tokenizer.from_folder(base_folder)
     tokenizer.check_fits(checkpoint.config)
-    RunFolder(settings.output, settings, ranks).last_state()
+    RunFolder(settings.output, settings, ranks).check()
     train, validation = read_examples(settings.data, tokenizer, sequence_length, on_tokenizing)
     for name, given in (("train", train), ("validation", validation)):
         if given is not None and given.are_pairs != (settings.objective.kind == "dpo"):
@@ -186,14 +195,14 @@ def _tune(
         progress=progress,
         fingerprint=folder.fingerprint,
         count_units=count_units,
+        measures_text=settings.objective.kind == "next_token",
         metrics=metrics,
         ranks=ranks,
     )
     result = resume_and_train(trainer, state, say=say, should_stop=should_stop)
     if not trainer.is_done:
         return None
-    if trainer.stopped_early:
-        say(f"stopped early at step {trainer.step}: the validation loss was lowest, {trainer.best_loss:.4f}, before")
+    say_stopped_early(trainer, say)
     if result is not None and settings.objective.kind == "next_token":
         say(f"validation: perplexity {math.exp(min(result.loss, 700)):.3f}")
     return save_trained(
@@ -203,7 +212,9 @@ def _tune(
         base_model=settings.model.name,
         dtype=run.save_dtype,
         tokenizer_files=plan.checkpoint.tokenizer_files,
-        extra_files=generation_config(plan.tokenizer, settings.data.template),
+        extra_files=generation_config(
+            plan.tokenizer, is_chat=settings.data.template == "chat", before=stop_ids(plan.checkpoint.folder)
+        ),
     )
 
 
@@ -256,11 +267,12 @@ def _objective(
             trained.model, compute_dtype=dtype, as_reference=partial(adapters_disabled, trained.model)
         )
     elif trained.is_shared:
-        gathered = load_shared(plan.checkpoint, ranks, dtype=dtype)
+        gathered = load_shared(plan.checkpoint, ranks, dtype=torch.float32)
         gathered.requires_grad_(False)
         reference = gathered.around(model_reference(gathered.model, compute_dtype=dtype))
     else:
-        before = copy.deepcopy(trained.model).to(dtype).requires_grad_(False)
+        # In float32 as the model itself, so that both compute alike and the first margins are 0.
+        before = copy.deepcopy(trained.model).requires_grad_(False)
         reference = model_reference(before, compute_dtype=dtype)
     objective = preference_objective(
         reference=reference,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from gemma2.data import Format, OnError, Template, TooLong, TrainOn
 from gemma2.errors import nearest_name
 from gemma2.memory.weights import ADAPTABLE_MODULES
-from gemma2.training.settings import LoopSettings, OptimizerSettings, ParallelSettings
+from gemma2.training.settings import Beta, LoopSettings, OptimizerSettings, ParallelSettings
 from gemma2.training.settings_file import Section, read_settings
 
 ALL_LINEAR: Final = "all-linear"
@@ -66,6 +67,11 @@ class AdapterSettings(Section):
                 )
         return names
 
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
+            yield f"init_lora_weights orthogonal needs an even r, but it is {self.r}"
+
     @property
     def modules(self) -> tuple[str, ...]:
         """The linear maps that get an adapter."""
@@ -109,7 +115,7 @@ class TuneOptimizerSettings(OptimizerSettings):
     learning_rate: float = Field(default=2e-4, gt=0)
     final_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_steps: int = Field(default=10, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
 
 
@@ -124,11 +130,11 @@ class TuneRunSettings(LoopSettings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     validate_first: bool = True
 
-    @model_validator(mode="after")
-    def _one_length(self) -> TuneRunSettings:
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
+        yield from super().misfits()
         if self.num_epochs is not None and self.num_steps is not None:
-            raise ValueError("num_epochs and num_steps both say how long the run is; give one of them")
-        return self
+            yield "num_epochs and num_steps both say how long the run is; give one of them"
 
 
 class TuneSettings(Section):
@@ -150,35 +156,48 @@ class TuneSettings(Section):
     def _home_of_output(cls, path: Path) -> Path:
         return path.expanduser()
 
-    @model_validator(mode="after")
-    def _fitting(self) -> TuneSettings:
-        if self.model.quantization != "none" and self.adapter is None:
-            raise ValueError(
-                f"model.quantization: weights in {self.model.quantization} cannot be trained themselves; add an "
-                "adapter, or take quantization away"
+    def misfits(self) -> Iterator[str]:
+        """See `Section`."""
+        quantization, adapter, is_dpo = self.model.quantization, self.adapter, self.objective.kind == "dpo"
+        if quantization != "none" and adapter is None:
+            yield (
+                f"model.quantization: weights in {quantization} cannot be trained themselves; add an adapter, or take "
+                "quantization away"
             )
-        init = None if self.adapter is None else self.adapter.init_lora_weights
-        if init in ("pissa", "olora") and self.model.quantization != "none":
-            raise ValueError(
-                f"adapter.init_lora_weights: {init} changes the frozen weights, which {self.model.quantization} would "
-                "round once more; leave model.quantization out"
+        init = None if adapter is None else adapter.init_lora_weights
+        if init in ("pissa", "olora") and quantization != "none":
+            yield (
+                f"adapter.init_lora_weights: {init} changes the frozen weights, which {quantization} would round once "
+                "more; leave model.quantization out"
             )
-        if self.adapter is not None and self.adapter.use_dora and self.model.quantization in ENGINE_FORMATS:
-            raise ValueError(
-                f"adapter.use_dora reads the frozen matrices, which {self.model.quantization} keeps for products only; "
-                "set model.quantization to nf4 or none, or leave use_dora out"
+        if init in ("pissa", "olora") and is_dpo:
+            yield (
+                f"adapter.init_lora_weights: {init} changes the frozen weights, but the reference of dpo is the model "
+                "as it was; leave init_lora_weights out"
             )
-        for name in ("keep_best", "early_stopping_patience"):
-            if getattr(self.run, name) and not self.data.validation:
-                raise ValueError(f"run.{name} goes by the validation loss; name files under data.validation")
-        if self.data.format not in ("auto", "preference") and self.objective.kind == "dpo":
-            raise ValueError(f"objective.kind dpo needs pairs, but data.format is {self.data.format}")
+        if init == "orthogonal" and quantization in ("nf4", "int8"):
+            yield (
+                f"adapter.init_lora_weights: orthogonal is for matrices of numbers, which {quantization} does not "
+                "keep; leave one of the two out"
+            )
+        if adapter is not None and adapter.use_dora and quantization in ENGINE_FORMATS:
+            yield (
+                f"adapter.use_dora reads the frozen matrices, which {quantization} keeps for products only; set "
+                "model.quantization to nf4 or none, or leave use_dora out"
+            )
+        yield from self.run.misfits_with(self.data.validation, "data.validation")
+        if self.data.format not in ("auto", "preference") and is_dpo:
+            yield f"objective.kind dpo needs pairs, but data.format is {self.data.format}"
+        if self.data.format == "preference" and not is_dpo:
+            yield "data.format is preference, which objective.kind dpo learns from; set that"
         smooth = self.objective.label_smoothing
-        if smooth and (self.objective.kind != "dpo" or self.objective.loss_type not in ("sigmoid", "robust")):
-            raise ValueError("objective.label_smoothing is of dpo with loss_type sigmoid or robust only; leave it out")
-        if self.data.format == "preference" and self.objective.kind != "dpo":
-            raise ValueError("data.format is preference, which objective.kind dpo learns from; set that")
-        return self
+        if smooth and (not is_dpo or self.objective.loss_type not in ("sigmoid", "robust")):
+            yield "objective.label_smoothing is of dpo with loss_type sigmoid or robust only; leave it out"
+        for name in ("beta", "loss_type"):
+            if name in self.objective.model_fields_set and not is_dpo:
+                yield f"objective.{name} is of dpo only; set objective.kind to dpo, or leave it out"
+        if self.run.compile and is_dpo:
+            yield "run.compile is of objective.kind next_token only; leave it out"
 
 
 def load_tune_settings(path: str | Path, overrides: list[str] | None = None) -> TuneSettings:
