@@ -123,20 +123,22 @@ def kill_and_finish(arguments: list[str], log: Path, *, num_kills: int = 2) -> N
 
     Args:
         arguments: of `gemma2`.
-        log: a file of lines that a run writes; kills come soon after it has grown.
+        log: a file of lines, or a folder of files, that grows while it works; kills come soon after that.
         num_kills: how many.
     """
     command = [sys.executable, "-m", "gemma2", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(gemma2.__file__).parent.parent)}
     draw = random.Random(os.getpid())
 
-    def num_lines() -> int:
+    def num_done() -> int:
+        if log.is_dir():
+            return len(list(log.iterdir()))
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     for _ in range(num_kills):
-        lines_before = num_lines()
+        before = num_done()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        while process.poll() is None and num_lines() < min(lines_before, 6) + 1:
+        while process.poll() is None and num_done() < min(before, 6) + 1:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.3)
         process.send_signal(signal.SIGKILL)

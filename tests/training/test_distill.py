@@ -269,6 +269,16 @@ def test_killed_with_sigkill_at_any_moment(tmp_path: Path, teacher: Path, data: 
     assert weights(tmp_path / "run" / "model") == weights(whole)
 
 
+def test_the_writing_of_a_cache_killed_with_sigkill(tmp_path: Path, teacher: Path, data: Path) -> None:
+    changes: dict[str, Any] = {"run": {"num_steps": 200, "batch_size": 2}}
+    whole = settings_of(tmp_path, teacher, data, "whole", **changes, teacher={"cache": str(tmp_path / "whole-cache")})
+    written_cache(whole, teacher)
+    settings_of(tmp_path, teacher, data, **changes, teacher={"cache": str(tmp_path / "cache")})
+    kill_and_finish(["distill", "cache", str(tmp_path / "run.yaml")], tmp_path / "cache", num_kills=3)
+    for file in (tmp_path / "whole-cache").glob("steps-*"):
+        assert file.read_bytes() == (tmp_path / "cache" / file.name).read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["text", "examples"])
 def test_samples_of_rows_as_long_as_the_context(tmp_path: Path, teacher: Path, data: Path, kind: str) -> None:
     changes: dict[str, Any] = {"on_policy": {"prompt_tokens": 4}, "run": {"num_steps": 2, "sequence_length": 64}}
