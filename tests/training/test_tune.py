@@ -77,14 +77,16 @@ def logits(base: Path, adapter: Path | None = None, **options: Any) -> np.ndarra
     return gemma2.load(base, adapter=adapter, weights="float32", **options).logits(IDS)
 
 
-def peft_logits(base: Path, adapter: Path) -> np.ndarray:
+def peft_logits(base: Path, adapter: Path | None = None) -> np.ndarray:
+    """What transformers, and PEFT if there is an adapter, make of the same folders."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
     with torch.no_grad():
-        return adapted(torch.tensor([IDS])).logits[0].numpy()
+        return model(torch.tensor([IDS])).logits[0].numpy()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,33 @@ def test_an_adapter_means_the_same_in_peft_and_here(
         tokenizer_files=checkpoint.tokenizer_files,
     )
     np.testing.assert_allclose(logits(merged), expected, atol=2e-4)
+    np.testing.assert_allclose(peft_logits(merged), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "gaussian"}])
+def test_adapters_that_peft_wrote_are_read(tmp_path: Path, base: Path, variant: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=4,
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"layers.1.self_attn.q_proj": 2},
+            alpha_pattern={"layers.0.mlp.down_proj": 5},
+            **variant,
+        ),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(str(tmp_path))
+    expected = peft_logits(base, tmp_path)
+    assert np.abs(expected - logits(base)).max() > 0.05
+    np.testing.assert_allclose(logits(base, tmp_path), expected, atol=2e-4)
 
 
 def test_the_engine_runs_an_adapter_on_quantized_weights(tmp_path: Path, base: Path, data: Path) -> None:
@@ -143,6 +172,7 @@ def test_every_weight_is_tuned_without_an_adapter(tmp_path: Path, base: Path, da
     answer = llm.chat([{"role": "user", "content": "How much is 7 and 7?"}], max_tokens=20, temperature=0)
     assert answer.finish_reason == "stop", "it must learn to end its turn"
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 107]
+    np.testing.assert_allclose(logits(folder), peft_logits(folder), atol=2e-4)
 
 
 @pytest.mark.parametrize("die_at", [1, 3, 5])

@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         for model, kind in itertools.product(models, weights):
             llm = load_model(argparse.Namespace(**{**vars(args), "model": model, "weights": kind}), quiet=args.quiet)
-            result = _measure(llm, model or "bundled model", texts, args)
+            name = model or "bundled model"
+            result = _measure(llm, name if args.adapter is None else f"{name} + {args.adapter}", texts, args)
             del llm  # before the next one is loaded
             results.append(result)
             if not result.is_complete:
