@@ -129,6 +129,35 @@ def test_adapters_count_rank_times_both_sides() -> None:
     assert adapter_parameters(config, rank=16) == 20_766_720
 
 
+def test_muon_has_one_moment_of_each_matrix_of_a_layer() -> None:
+    import torch
+
+    from gemma2.model.modeling import Gemma2ForCausalLM
+    from gemma2.training.optimizer import make_optimizer
+    from gemma2.training.settings import OptimizerSettings
+
+    config = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        vocab_size=150,
+    )
+    model = Gemma2ForCausalLM(config)
+    optimizer = make_optimizer(model, OptimizerSettings(kind="muon", learning_rate=1e-3))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [part["state"].values() for part in optimizer.state_dict().values()]
+    held = sum(v.nbytes for state in states for entry in state for v in entry.values() if v.ndim)
+    common: dict[str, Any] = {"batch_size": 1, "length": 8, "checkpointing": False}
+    assert full_training(config, muon=True, **common).optimizer == held
+    assert full_training(config, **common).optimizer == 8 * config.count_parameters().total
+
+
 def test_quantized_adapters_save_what_the_format_saves() -> None:
     config = PRESETS["9b"]
     common: dict[str, Any] = {"rank": 8, "batch_size": 1, "length": 512, "checkpointing": True}

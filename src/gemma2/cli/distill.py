@@ -142,9 +142,10 @@ def _memory(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> int:
     run, teacher, adapter = settings.run, settings.teacher, settings.adapter
     batch_size, length = ranks.rows_at_once(run.batch_size, run.micro_batch_size), run.sequence_length
     checkpointing, grid = run.gradient_checkpointing, ProcessGrid(data=ranks.data, tensor=ranks.tensor)
+    muon = settings.optimizer.kind == "muon"
     if adapter is None:
         total = full_training(
-            plan.config, batch_size=batch_size, length=length, checkpointing=checkpointing, grid=grid
+            plan.config, batch_size=batch_size, length=length, checkpointing=checkpointing, muon=muon, grid=grid
         ).total
     else:
         total = adapter_training(
@@ -155,6 +156,7 @@ def _memory(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> int:
             batch_size=batch_size,
             length=length,
             checkpointing=checkpointing,
+            muon=muon,
             grid=grid,
         ).total
     if teacher.cache is not None:

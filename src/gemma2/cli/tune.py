@@ -109,9 +109,9 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
     )
     config, quantization = plan.checkpoint.config, settings.model.quantization
     rows = {"batch_size": ranks.rows_at_once(run.batch_size, run.micro_batch_size), "length": length}
-    grid = ProcessGrid(data=ranks.data, tensor=ranks.tensor)
+    grid, muon = ProcessGrid(data=ranks.data, tensor=ranks.tensor), settings.optimizer.kind == "muon"
     if settings.adapter is None:
-        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing, grid=grid)
+        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing, muon=muon, grid=grid)
     else:
         memory = adapter_training(
             config,
@@ -121,6 +121,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
             on_engine=quantization in ENGINE_FORMATS,
             **rows,
             checkpointing=run.gradient_checkpointing,
+            muon=muon,
             grid=grid,
         )
     if settings.objective.kind == "dpo" and settings.adapter is None:

@@ -72,7 +72,7 @@ class TrainingMemory:
     """Float32 copy of what is trained, which the optimizer moves by steps too small for bf16."""
     gradients: int
     optimizer: int
-    """AdamW's two moments, float32."""
+    """AdamW's two moments, float32; Muon has one of each matrix of a layer."""
     activations: int
     """What the backward pass needs of the forward pass, and what it works on."""
     loss: int
@@ -90,7 +90,13 @@ class TrainingMemory:
 
 
 def full_training(
-    config: Gemma2Config, *, batch_size: int, length: int, checkpointing: bool | int, grid: ProcessGrid = _ONE_PROCESS
+    config: Gemma2Config,
+    *,
+    batch_size: int,
+    length: int,
+    checkpointing: bool | int,
+    muon: bool = False,
+    grid: ProcessGrid = _ONE_PROCESS,
 ) -> TrainingMemory:
     """Training of every weight with AdamW in mixed precision: 16 bytes a parameter, and what a batch adds.
 
@@ -105,6 +111,7 @@ def full_training(
         batch_size: B, sequences that go through a process at once (not those that gradients are accumulated over).
         length: L, tokens of each.
         checkpointing: how many layers keep only their input and are computed again in the backward pass; True for all.
+        muon: whether the optimizer is Muon, which runs in one process.
         grid: the processes that share the work.
     """
     count = config.count_parameters().total
@@ -130,7 +137,7 @@ def full_training(
         weights=2 * count,
         master_weights=4 * count,
         gradients=2 * count,
-        optimizer=8 * count,
+        optimizer=8 * count - (4 * config.num_hidden_layers * layer_parameters(config) if muon else 0),
         activations=activations,
         loss=_loss_bytes(config) + 4 * embedding,
     )
@@ -146,6 +153,7 @@ def adapter_training(
     batch_size: int,
     length: int,
     checkpointing: bool | int,
+    muon: bool = False,
     grid: ProcessGrid = _ONE_PROCESS,
 ) -> TrainingMemory:
     """Training of LoRA adapters on frozen weights, or of QLoRA if those are quantized.
@@ -164,6 +172,7 @@ def adapter_training(
         batch_size: B, sequences that go through at once.
         length: L, tokens of each.
         checkpointing: how many layers keep only their input and are computed again in the backward pass; True for all.
+        muon: whether the optimizer is Muon, which runs in one process.
         grid: the processes that share the work.
 
     Raises:
@@ -194,7 +203,7 @@ def adapter_training(
         weights=weights,
         master_weights=4 * count,
         gradients=4 * count,
-        optimizer=8 * count,
+        optimizer=(4 if muon else 8) * count,
         activations=activations,
         loss=_loss_bytes(config, tensor=grid.tensor),
         gathered=gathered,
