@@ -59,14 +59,7 @@ class RunFolder:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that a resumed run must share."""
-        values = self._settings.model_dump(mode="json")
-        for section, names in FREE_TO_CHANGE.items():
-            if names is None:
-                values.pop(section, None)
-            else:
-                for name in names:
-                    (values.get(section) or {}).pop(name, None)
-        return values
+        return _what_must_stay(self._settings.model_dump(mode="json"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -121,7 +114,7 @@ class RunFolder:
         return self.ranks.first_does(lambda: next(reversed(list_run_states(self.checkpoints)), None))
 
     def _check(self, state: dict[str, Any]) -> None:
-        if changed := differences(state["fingerprint"], self.fingerprint):
+        if changed := differences(_what_must_stay(state["fingerprint"]), self.fingerprint):
             raise ConfigError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}); "
                 f"put them back to resume it, or give another output folder"
@@ -135,3 +128,12 @@ class RunFolder:
         beside = path.with_name(path.name + ".partial")
         beside.write_text(yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         beside.replace(path)
+
+
+def _what_must_stay(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those of `FREE_TO_CHANGE`; what an older version wrote down may hold more of them."""
+    kept = {section: values for section, values in settings.items() if FREE_TO_CHANGE.get(section, ()) is not None}
+    for section, names in FREE_TO_CHANGE.items():
+        if names is not None and kept.get(section):
+            kept[section] = {name: value for name, value in kept[section].items() if name not in names}
+    return kept
