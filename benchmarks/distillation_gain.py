@@ -2,11 +2,11 @@
 
     gemma2 pretrain examples/pretrain-books-teacher.yaml
     python benchmarks/distillation_gain.py runs/teacher/model runs/gain --train books-train.jsonl.xz \\
-        --valid books-valid.jsonl.xz --steps 400 --seeds 1 2
+        --valid books-valid.jsonl.xz --seeds 1 2
 
-The students' settings are those of examples/distill-books.yaml, with `--steps` and `--warmup` of this call; a student
-from scratch has the same ones as a pretraining, with the teacher's tokenizer. A seed decides first weights and the
-order of the texts, so that both students of a seed begin alike and see the same batches. At the end every model is
+The students' settings are those of examples/distill-books.yaml, with this call's number of steps; a student from
+scratch has the same ones as a pretraining, with the teacher's tokenizer. A seed decides first weights and the order of
+the texts, so that both students of a seed begin alike and see the same batches. At the end every model is
 scored on all of the held-out text (bits per byte, a window that slides by half), and the table and the curves are
 written beside the runs: gain.json, gain.png. Called again, it goes on where it was stopped.
 """
@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder of the runs")
     parser.add_argument("--train", nargs="+", required=True, help="JSON lines with a text each")
     parser.add_argument("--valid", nargs="+", required=True, help="held-out ones")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--warmup", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -67,7 +66,6 @@ def _settings(args: argparse.Namespace, way: str, seed: int, folder: Path) -> di
     values: dict[str, Any] = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     values["output"] = str(folder)
     values["text"] |= {"train": args.train, "validation": args.valid}
-    values["optimizer"]["warmup_steps"] = args.warmup
     values["run"] |= {"num_steps": args.steps, "seed": seed, "validate_every": max(args.steps // 8, 1)}
     if way == "distilled":
         values["teacher"]["name"] = str(args.teacher)

@@ -9,7 +9,6 @@ for piece in llm.stream("Once upon a time"): ...
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,15 @@ from typing import Any, Final, overload
 import numpy as np
 import numpy.typing as npt
 
-from gemma2.checkpoints import is_packed, open_adapter, open_checkpoint, open_packed, packed_model, resolve_model
+from gemma2.checkpoints import (
+    generation_stop_ids,
+    is_packed,
+    open_adapter,
+    open_checkpoint,
+    open_packed,
+    packed_model,
+    resolve_model,
+)
 from gemma2.config import Gemma2Config
 from gemma2.errors import (
     CheckpointError,
@@ -239,9 +246,9 @@ def load(
             )
         tokenizer = coming_tokenizer.result()
     tokenizer.check_fits(runner.config)
-    stop_token_ids = _generation_stop_ids(folder, runner.config)
+    stop_token_ids = generation_stop_ids(folder, runner.config)
     if adapter is not None:
-        stop_token_ids |= _generation_stop_ids(Path(adapter).expanduser(), runner.config)
+        stop_token_ids |= generation_stop_ids(Path(adapter).expanduser(), runner.config)
     return LLM(
         runner,
         tokenizer,
@@ -338,28 +345,6 @@ def _write_to_stderr(sentence: str) -> None:
 
 def _is_small(config: Gemma2Config) -> bool:
     return config.count_parameters().total < SMALL_MODEL_PARAMETERS
-
-
-def _generation_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """What ends an answer by the folder's generation_config.json, or else its config.json; empty if neither says."""
-    for path in (folder / "generation_config.json", folder / "config.json"):
-        if not path.is_file():
-            continue
-        try:
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: cannot be read as a JSON object: {error}") from None
-        if eos is None:
-            continue
-        ids = eos if isinstance(eos, list) else [eos]
-        for token_id in ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < config.vocab_size:
-                raise CheckpointError(
-                    f"{path}: eos_token_id must hold token ids from 0 to {config.vocab_size - 1}, but holds "
-                    f"{token_id!r}"
-                )
-        return frozenset(ids)
-    return frozenset()
 
 
 def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma2.errors import ConfigError
+from gemma2.training.distill_settings import load_distill_settings
 from gemma2.training.settings import load_pretrain_settings
 
 GOOD = """
@@ -50,6 +51,20 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path: Path)
     assert "Did you mean 'hidden_size'?" in message
     assert "run.num_steps: is needed" in message
     assert "optimizer.learning_rate" in message and "-1" in message
+
+
+def test_what_follows_from_a_mistake_is_not_told_as_another(tmp_path: Path) -> None:
+    text = (
+        "output: x\nstudent: {name: [3]}\ntext: {train: [a.txt]}\noptimizer: {learning_rate: 1.0}\n"
+        "run: {num_steps: many, batch_size: 2, sequence_length: 32, keep_best: true}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_distill_settings(_write(tmp_path, text))
+    message = str(caught.value)
+    assert (
+        "3 mistakes: student.name: " in message and "run.num_steps: " in message and "run.keep_best goes by" in message
+    )
+    assert "needs either name" not in message and "is needed with text" not in message
 
 
 @pytest.mark.parametrize(

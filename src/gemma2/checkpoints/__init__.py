@@ -16,6 +16,7 @@ from gemma2.checkpoints.packed_format import PackedFile
 from gemma2.checkpoints.resolve import resolve_model
 from gemma2.checkpoints.safetensors_reader import open_checkpoint
 from gemma2.checkpoints.safetensors_writer import save_checkpoint
+from gemma2.checkpoints.stop_ids import generation_stop_ids
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -25,6 +26,7 @@ __all__ = [
     "LowRankUpdate",
     "PackedFile",
     "expected_tensors",
+    "generation_stop_ids",
     "is_adapter",
     "is_packed",
     "open_adapter",

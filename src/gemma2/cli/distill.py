@@ -18,6 +18,7 @@ from gemma2.cli.training_progress import (
     say_stopped,
     show_run,
     stop_requests,
+    training_memory,
     training_ranks,
 )
 from gemma2.errors import ConfigError
@@ -135,30 +136,13 @@ def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console, 
 
 def _memory(settings: DistillSettings, plan: DistillPlan, ranks: Ranks) -> int:
     """Bytes of each process: the student's training, and the teacher's weights if it runs beside."""
-    from gemma2.memory.training import ProcessGrid, adapter_training, full_training
     from gemma2.memory.weights import weight_bytes
     from gemma2.training.teachers import is_teacher_shared, teacher_weights
 
-    run, teacher, adapter = settings.run, settings.teacher, settings.adapter
-    batch_size, length = ranks.rows_at_once(run.batch_size, run.micro_batch_size), run.sequence_length
-    checkpointing, grid = run.gradient_checkpointing, ProcessGrid(data=ranks.data, tensor=ranks.tensor)
-    muon = settings.optimizer.kind == "muon"
-    if adapter is None:
-        total = full_training(
-            plan.config, batch_size=batch_size, length=length, checkpointing=checkpointing, muon=muon, grid=grid
-        ).total
-    else:
-        total = adapter_training(
-            plan.config,
-            rank=adapter.r,
-            modules=adapter.modules,
-            weight_format=run.dtype,
-            batch_size=batch_size,
-            length=length,
-            checkpointing=checkpointing,
-            muon=muon,
-            grid=grid,
-        ).total
+    run, teacher = settings.run, settings.teacher
+    total = training_memory(
+        plan.config, run, settings.optimizer, settings.adapter, ranks, length=run.sequence_length
+    ).total
     if teacher.cache is not None:
         return total
     weights = teacher_weights(teacher, run)

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -27,10 +28,13 @@ matrix product. A run may go on with another number of processes. docs/scaling.m
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gemma2.config import Gemma2Config
     from gemma2.data import TokenizingProgress
     from gemma2.distributed import Ranks
+    from gemma2.memory.training import TrainingMemory
     from gemma2.training.loop import Progress, StepReport
-    from gemma2.training.settings import LoopSettings, ParallelSettings
+    from gemma2.training.settings import LoopSettings, OptimizerSettings, ParallelSettings
+    from gemma2.training.tune_settings import AdapterSettings
 
 
 class Run(Protocol):
@@ -87,6 +91,51 @@ def training_ranks(parallel: ParallelSettings, run: LoopSettings) -> AbstractCon
 
     data = None if parallel.data == "auto" else parallel.data
     return joined_ranks(data=data, tensor=parallel.tensor, device=run.device)
+
+
+def training_memory(
+    config: Gemma2Config,
+    run: LoopSettings,
+    optimizer: OptimizerSettings,
+    adapter: AdapterSettings | None,
+    ranks: Ranks,
+    *,
+    length: int,
+    quantization: str = "none",
+    has_reference: bool = False,
+) -> TrainingMemory:
+    """What a run's settings come to in each process; see `gemma2.memory.training`.
+
+    Args:
+        config: of the model that is trained.
+        run: how much goes through at once, in which dtype.
+        optimizer: which one.
+        adapter: what is trained; None for every weight.
+        ranks: the processes.
+        length: tokens of a row.
+        quantization: of the frozen weights.
+        has_reference: whether the model that training began with is kept, where an adapter cannot be switched off.
+    """
+    from gemma2.memory.training import ProcessGrid, adapter_training, full_training
+    from gemma2.training.tune_settings import ENGINE_FORMATS
+
+    grid = ProcessGrid(data=ranks.data, tensor=ranks.tensor)
+    rows = {"batch_size": ranks.rows_at_once(run.batch_size, run.micro_batch_size), "length": length}
+    checkpointing, muon = run.gradient_checkpointing, optimizer.kind == "muon"
+    if adapter is None:
+        memory = full_training(config, **rows, checkpointing=checkpointing, muon=muon, grid=grid)
+        return replace(memory, reference=4 * config.count_parameters().total // grid.size) if has_reference else memory
+    return adapter_training(
+        config,
+        rank=adapter.r,
+        modules=adapter.modules,
+        weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}.get(quantization, quantization),
+        on_engine=quantization in ENGINE_FORMATS,
+        **rows,
+        checkpointing=checkpointing,
+        muon=muon,
+        grid=grid,
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +16,7 @@ from gemma2.cli.training_progress import (
     one_voice,
     require_libraries,
     show_run,
+    training_memory,
     training_ranks,
 )
 
@@ -93,9 +93,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
     from rich.text import Text
 
     from gemma2.data import EncodedPair, render_example
-    from gemma2.memory.training import ProcessGrid, adapter_training, full_training
     from gemma2.training.example_data import describe_examples
-    from gemma2.training.tune_settings import ENGINE_FORMATS
 
     for choice in plan.train.choices:
         console.print(str(choice), highlight=False)
@@ -107,25 +105,17 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
         f"run: {plan.num_steps:,} steps of {run.batch_size} × {length} tokens, on {ranks.describe(plan.device)}",
         highlight=False,
     )
-    config, quantization = plan.checkpoint.config, settings.model.quantization
-    rows = {"batch_size": ranks.rows_at_once(run.batch_size, run.micro_batch_size), "length": length}
-    grid, muon = ProcessGrid(data=ranks.data, tensor=ranks.tensor), settings.optimizer.kind == "muon"
-    if settings.adapter is None:
-        memory = full_training(config, **rows, checkpointing=run.gradient_checkpointing, muon=muon, grid=grid)
-    else:
-        memory = adapter_training(
-            config,
-            rank=settings.adapter.r,
-            modules=settings.adapter.modules,
-            weight_format={"none": run.dtype, "nf4": "q4", "int8": "q8"}.get(quantization, quantization),
-            on_engine=quantization in ENGINE_FORMATS,
-            **rows,
-            checkpointing=run.gradient_checkpointing,
-            muon=muon,
-            grid=grid,
-        )
-    if settings.objective.kind == "dpo" and settings.adapter is None:
-        memory = replace(memory, reference=4 * config.count_parameters().total // grid.size)
+    config = plan.checkpoint.config
+    memory = training_memory(
+        config,
+        run,
+        settings.optimizer,
+        settings.adapter,
+        ranks,
+        length=length,
+        quantization=settings.model.quantization,
+        has_reference=settings.objective.kind == "dpo",
+    )
     each = " in each process" if ranks.world_size > 1 else ""
     console.print(f"memory: about {format_bytes(memory.total)}{each}; output: {settings.output}\n", highlight=False)
     encoded = plan.train.encoded(0)

@@ -30,17 +30,30 @@ def checkpoint_layers(model: Gemma2ForCausalLM, num_layers: int | bool = True) -
         ValueError: layers already keep only their input.
     """
     layers = list(model.model.layers)
-    count = len(layers) if num_layers is True else int(num_layers)
-    if not 0 <= count <= len(layers):
-        raise ConfigError(
-            f"gradient_checkpointing must be true, false, or a number of layers from 0 to {len(layers)}, the layers of "
-            f"the model, but is {num_layers}"
-        )
-    for layer in layers[:count]:
+    for layer in layers[: num_checkpointed(num_layers, len(layers))]:
         if "forward" in vars(layer):
             raise ValueError("checkpoint_layers was called for this model before; call it once")
         # On the module and not around it: a wrapper would change the names of its parameters.
         layer.forward = functools.partial(_forward, layer.forward)
+
+
+def num_checkpointed(given: int | bool, num_layers: int) -> int:
+    """How many layers of a model keep only their input.
+
+    Args:
+        given: True for all, False for none, or a number.
+        num_layers: how many the model has.
+
+    Raises:
+        ConfigError: it has not so many.
+    """
+    count = num_layers if given is True else int(given)
+    if not 0 <= count <= num_layers:
+        raise ConfigError(
+            f"gradient_checkpointing must be true, false, or a number of layers from 0 to {num_layers}, the layers of "
+            f"the model, but is {given}"
+        )
+    return count
 
 
 def _forward(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:

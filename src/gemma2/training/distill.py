@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from gemma2.checkpoints import TOKENIZER_FILES, Checkpoint, generation_stop_ids, open_checkpoint
 from gemma2.config import Gemma2Config
 from gemma2.data import TokenizedExamples, ValidationSet
 from gemma2.distributed import ONE_PROCESS, Ranks
@@ -41,7 +41,6 @@ from gemma2.training.run_stages import (
     generation_config,
     resume_and_train,
     say_stopped_early,
-    stop_ids,
     use_threads,
 )
 from gemma2.training.teacher_cache import (
@@ -271,6 +270,9 @@ def _distill(
     for name, examples in (("training", plan.train), ("validation", plan.validation)):
         if examples is not None:
             say(describe_examples(name, examples))
+    is_chat = settings.examples is not None and settings.examples.template == "chat"
+    before = generation_stop_ids(plan.student.folder, plan.config) if plan.student is not None else ()
+    extra_files = generation_config(plan.tokenizer, is_chat=is_chat, before=before)
     trained = _student(settings, plan, ranks)
     teacher_size, size = plan.teacher.config.count_parameters().total, plan.config.count_parameters().total
     source = f"cached in {settings.teacher.cache}" if plan.cache is not None else settings.teacher.backend
@@ -314,8 +316,6 @@ def _distill(
     say_stopped_early(trainer, say)
     if result is not None:
         say(f"validation: perplexity {result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte")
-    is_chat = settings.examples is not None and settings.examples.template == "chat"
-    before = set() if plan.student is None else stop_ids(plan.student.folder)
     return save_trained(
         folder.path,
         trained,
@@ -323,7 +323,7 @@ def _distill(
         base_model=str(settings.student.name),
         dtype=run.save_dtype,
         tokenizer_files=[path for path in plan.tokenizer_files if path.name in TOKENIZER_FILES],
-        extra_files=generation_config(plan.tokenizer, is_chat=is_chat, before=before),
+        extra_files=extra_files,
     )
 
 
@@ -332,7 +332,7 @@ def _cache_identity(settings: DistillSettings, teacher: Checkpoint) -> dict[str,
     values = settings.model_dump(mode="json")
     given = settings.teacher
     weights = teacher_weights(given, settings.run)
-    dtypes = {"dtype": settings.run.dtype} if given.backend == "torch" else {}
+    dtypes = {"dtype": settings.run.dtype} if weights == "nf4" else {}
     words = {"files": teacher_fingerprint(teacher.files), "backend": given.backend, "weights": weights, **dtypes}
     run = {name: values["run"][name] for name in ("batch_size", "sequence_length", "seed")}
     data = {

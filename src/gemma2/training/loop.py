@@ -312,7 +312,8 @@ class Trainer:
             ranks=self.ranks,
         )
         self._last_checkpoint = self.step
-        log.plot(self.folder / "loss.png", title=f"{self.folder.name}: step {self.step}")
+        title = f"{self.folder.name}: step {self.step}"
+        log.plot(self.folder / "loss.png", title=title, is_text=self.measures_text)
         self.progress.on_checkpoint(path)
 
     def _validate(self, validation: ValidationSet, log: RunLog | NoLog) -> ValidationResult:

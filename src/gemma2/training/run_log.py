@@ -52,9 +52,9 @@ class RunLog:
                 if name not in ("event", "step") and isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{values['event']}/{name}", value, values["step"])
 
-    def plot(self, path: Path, *, title: str) -> None:
+    def plot(self, path: Path, *, title: str, is_text: bool) -> None:
         """Draws what was written so far; see `plot_losses`."""
-        plot_losses(self.entries, path, title=title)
+        plot_losses(self.entries, path, title=title, is_text=is_text)
 
     def close(self) -> None:
         """Writes out what TensorBoard has not been given yet."""
@@ -68,31 +68,37 @@ class NoLog:
     def write(self, **values: Any) -> None:
         """Does nothing."""
 
-    def plot(self, path: Path, *, title: str) -> None:
+    def plot(self, path: Path, *, title: str, is_text: bool) -> None:
         """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""
 
 
-def _tensorboard_writer(folder: Path, first_step: int) -> Any:
+def check_tensorboard() -> None:
+    """Raises MissingDependencyError if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise MissingDependencyError(
             "run.tensorboard needs tensorboard, which is not installed; install it with: pip install tensorboard"
         )
+
+
+def _tensorboard_writer(folder: Path, first_step: int) -> Any:
+    check_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
-def _of_text(validation: dict[str, Any]) -> str:
-    if "bits_per_byte" in validation:
-        return f"{validation['bits_per_byte']:.3f} bits per byte"
-    return f"{validation['loss']:.4f}"
+def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str, is_text: bool = True) -> None:
+    """Draws training and validation loss over tokens, and the learning rate below, as PNG.
 
-
-def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws training and validation loss over tokens, and the learning rate below, as PNG."""
+    Args:
+        entries: of a log.
+        path: the file.
+        title: above the picture.
+        is_text: whether losses are in nats per token, and validations have bits per byte.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -106,15 +112,16 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str) -> Non
     tokens = [entry["tokens"] / 1e6 for entry in steps]
     loss_axes.plot(tokens, [entry["loss"] for entry in steps], color="#9db8d9", linewidth=0.8, label="training")
     if validations:
+        of_text = is_text and "bits_per_byte" in validations[-1]
+        last = f"{validations[-1]['bits_per_byte']:.3f} bits per byte" if of_text else f"{validations[-1]['loss']:.4f}"
         loss_axes.plot(
             [entry["tokens"] / 1e6 for entry in validations],
             [entry["loss"] for entry in validations],
             color="#c0392b",
             marker="o",
             markersize=3,
-            label=f"validation (last: {_of_text(validations[-1])})",
+            label=f"validation (last: {last})",
         )
-    is_text = all("bits_per_byte" in entry for entry in validations)
     loss_axes.set_ylabel("loss, nats per token" if is_text else "loss")
     lowest = min(entry["loss"] for entry in steps + validations)
     loss_axes.set_ylim(lowest - 0.2, min(lowest + 4, max(entry["loss"] for entry in steps) + 0.2))

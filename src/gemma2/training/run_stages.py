@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma2.config import Gemma2Config
 from gemma2.distributed import Ranks
-from gemma2.errors import ConfigError, MissingDependencyError
+from gemma2.errors import ConfigError
 from gemma2.model.device import choose_device
 from gemma2.text import Tokenizer
+from gemma2.training.activation_checkpointing import num_checkpointed
 from gemma2.training.adapters import check_adapter
 from gemma2.training.loop import Trainer, ValidationResult
 from gemma2.training.optimizer import check_optimizer
+from gemma2.training.run_log import check_tensorboard
 from gemma2.training.settings import LoopSettings, OptimizerSettings
 from gemma2.training.tune_settings import AdapterSettings
 
@@ -38,10 +38,8 @@ def check_machine(run: LoopSettings, optimizer: OptimizerSettings, ranks: Ranks)
         )
     ranks.check_batch(run.batch_size, run.micro_batch_size)
     check_optimizer(optimizer, ranks.world_size)
-    if run.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise MissingDependencyError(
-            "run.tensorboard needs tensorboard, which is not installed; install it with: pip install tensorboard"
-        )
+    if run.tensorboard:
+        check_tensorboard()
     return device
 
 
@@ -57,12 +55,7 @@ def check_layers(config: Gemma2Config, run: LoopSettings, adapter: AdapterSettin
         ConfigError: the model has not so many layers, or they are too narrow for the adapter.
         MissingDependencyError: PEFT is needed and not installed.
     """
-    num_layers, given = config.num_hidden_layers, run.gradient_checkpointing
-    if given is not True and int(given) > num_layers:
-        raise ConfigError(
-            f"run.gradient_checkpointing must be true, false, or a number of layers from 0 to {num_layers}, the layers "
-            f"of the model, but is {given}"
-        )
+    num_checkpointed(run.gradient_checkpointing, config.num_hidden_layers)
     if adapter is not None:
         check_adapter(config, adapter)
 
@@ -100,15 +93,6 @@ def say_stopped_early(trainer: Trainer, say: Callable[[str], None]) -> None:
     """Says so, if a run ended before its last step because validations were no better."""
     if trainer.stopped_early:
         say(f"stopped early at step {trainer.step}: the validation loss was lowest, {trainer.best_loss:.4f}, before")
-
-
-def stop_ids(folder: Path) -> set[int]:
-    """What ends an answer of a model, by its generation_config.json; nothing, if there is none that says so."""
-    try:
-        given = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return {value for value in (given if isinstance(given, list) else [given]) if type(value) is int}
 
 
 def generation_config(tokenizer: Tokenizer, *, is_chat: bool, before: Collection[int] = ()) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,13 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from gemma2.errors import ConfigError, nearest_name
 
-
-class MisfitError(ValueError):
-    """Values that are right each by itself and wrong together; one sentence for each such mistake."""
-
-    def __init__(self, sentences: list[str]) -> None:
-        super().__init__(" | ".join(sentences))
-        self.sentences = sentences
+_is_reading: ContextVar[bool] = ContextVar("_is_reading", default=False)
+"""Whether a whole file is read, whose misfits are gathered afterwards."""
 
 
 class Section(BaseModel):
@@ -32,8 +29,8 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _fitting(self) -> Section:
-        if sentences := list(self.misfits()):
-            raise MisfitError(sentences)
+        if not _is_reading.get() and (sentences := list(self.misfits())):
+            raise ValueError(" | ".join(sentences))
         return self
 
 
@@ -65,12 +62,15 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: Sequence[st
         raise ConfigError(f"{path}: must hold settings (key: value), but holds {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
+    token = _is_reading.set(True)
     try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        problems = list(dict.fromkeys(_all_problems(kind, values, error)))
-        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        raise ConfigError(f"{path}: {count}: " + " | ".join(problems)) from None
+        settings, problems = _validated(kind, values)
+    finally:
+        _is_reading.reset(token)
+    if settings is not None and not problems:
+        return settings
+    count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+    raise ConfigError(f"{path}: {count}: " + " | ".join(problems))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -104,27 +104,39 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _all_problems(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> Iterator[str]:
-    """Describes what is wrong, and what of the rest does not go together: that is looked at without what is wrong."""
-    wrong = [problem for problem in error.errors() if problem["type"] != "value_error" or _is_at_a_key(problem)]
-    for problem in error.errors():
-        yield from _describe(kind, problem)
-    if not wrong:
-        return
-    rest = copy.deepcopy(values)
-    for problem in wrong:
-        _remove(rest, problem["loc"])
+def _validated(kind: type[Settings], values: dict[str, Any]) -> tuple[Settings | None, list[str]]:
+    """Makes settings of values, and describes what is wrong with them.
+
+    What does not go together is looked for in what is left without the wrong values. What is said there of a value that
+    was wrong, or that its section lacks it, is not passed on: it would tell the same mistake in other words.
+    """
+    settings: Settings | None = None
+    wrong: list[Any] = []
     try:
-        kind.model_validate(rest)
-    except ValidationError as further:
-        for problem in further.errors():
-            if problem["type"] == "value_error":
-                yield from _describe(kind, problem)
+        settings = kind.model_validate(values)
+    except ValidationError as error:
+        wrong = error.errors()
+        rest = copy.deepcopy(values)
+        for problem in wrong:
+            _remove(rest, problem["loc"])
+        with contextlib.suppress(ValidationError):
+            settings = kind.model_validate(rest)
+    problems = [_describe(kind, problem) for problem in wrong]
+    known = [problem["loc"] for problem in wrong if problem["type"] != "extra_forbidden"]
+    for section, sentence in () if settings is None else _misfits(settings):
+        names = [".".join(map(str, location)) for location in known]
+        if not any(location[:-1] == section != () for location in known) and not any(n in sentence for n in names):
+            problems.append(f"{'.'.join(section)}: {sentence}" if section else sentence)
+    return settings, problems
 
 
-def _is_at_a_key(problem: Any) -> bool:
-    """Whether a mistake is one key's, and not of a section as a whole."""
-    return not isinstance(problem["ctx"]["error"], MisfitError)
+def _misfits(section: Section, location: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Where something does not go together, and what, in a section and all below it."""
+    for name in type(section).model_fields:
+        below = getattr(section, name)
+        if isinstance(below, Section):
+            yield from _misfits(below, (*location, name))
+    yield from ((location, sentence) for sentence in section.misfits())
 
 
 def _remove(values: Any, location: tuple[int | str, ...]) -> None:
@@ -135,20 +147,17 @@ def _remove(values: Any, location: tuple[int | str, ...]) -> None:
         values.pop(last, None)
 
 
-def _describe(kind: type[BaseModel], problem: Any) -> Iterator[str]:
+def _describe(kind: type[BaseModel], problem: Any) -> str:
     location = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section = _section_at(kind, problem["loc"][:-1])
         hint = nearest_name(str(problem["loc"][-1]), section.model_fields) if section else ""
-        yield f"{location}: there is no such setting.{hint}"
-    elif problem["type"] == "missing":
-        yield f"{location}: is needed, but is not there"
-    elif problem["type"] == "value_error":
-        error = problem["ctx"]["error"]
-        sentences = error.sentences if isinstance(error, MisfitError) else [str(error)]
-        yield from (f"{location}: {sentence}" if location else sentence for sentence in sentences)
-    else:
-        yield f"{location}: {problem['msg']}, but is {problem['input']!r}"
+        return f"{location}: there is no such setting.{hint}"
+    if problem["type"] == "missing":
+        return f"{location}: is needed, but is not there"
+    if problem["type"] == "value_error":
+        return f"{location}: {problem['ctx']['error']}" if location else str(problem["ctx"]["error"])
+    return f"{location}: {problem['msg']}, but is {problem['input']!r}"
 
 
 def _section_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:

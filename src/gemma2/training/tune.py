@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from gemma2.checkpoints import Checkpoint, open_checkpoint
+from gemma2.checkpoints import Checkpoint, generation_stop_ids, open_checkpoint
 from gemma2.data import ExampleLoader, TokenizedExamples
 from gemma2.distributed import ONE_PROCESS, Ranks
 from gemma2.distributed.tensor_parallel import check_split
@@ -44,7 +44,6 @@ from gemma2.training.run_stages import (
     generation_config,
     resume_and_train,
     say_stopped_early,
-    stop_ids,
     use_threads,
 )
 from gemma2.training.shared_model import load_shared
@@ -174,6 +173,8 @@ def _tune(
     if plan.validation is not None:
         say(describe_examples("validation", plan.validation))
 
+    before = generation_stop_ids(plan.checkpoint.folder, plan.checkpoint.config)
+    extra_files = generation_config(plan.tokenizer, is_chat=settings.data.template == "chat", before=before)
     trained = _load(settings, plan, ranks)
     objective, count_units, metrics = _objective(settings, plan, trained, ranks)
     num_trained = sum(p.numel() for p in trained.model.parameters() if p.requires_grad)
@@ -212,9 +213,7 @@ def _tune(
         base_model=settings.model.name,
         dtype=run.save_dtype,
         tokenizer_files=plan.checkpoint.tokenizer_files,
-        extra_files=generation_config(
-            plan.tokenizer, is_chat=settings.data.template == "chat", before=stop_ids(plan.checkpoint.folder)
-        ),
+        extra_files=extra_files,
     )
 
 
