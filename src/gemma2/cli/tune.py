@@ -117,7 +117,10 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
         has_reference=settings.objective.kind == "dpo",
     )
     each = " in each process" if ranks.world_size > 1 else ""
-    console.print(f"memory: about {format_bytes(memory.total)}{each}; output: {settings.output}\n", highlight=False)
+    console.print(
+        f"memory: about {format_bytes(memory.total)}{each}, beside the program itself; output: {settings.output}\n",
+        highlight=False,
+    )
     encoded = plan.train.encoded(0)
     parts = (
         [("chosen", encoded.chosen), ("rejected", encoded.rejected)]
