@@ -129,7 +129,8 @@ def _print_plan(settings: DistillSettings, plan: DistillPlan, console: Console, 
         f"run: {plan.num_steps:,} steps of {run.batch_size} × {run.sequence_length} = {tokens:,} tokens at most\n"
         f"a cache of the {info.top_k} most probable words takes {info.bytes_per_token:,} bytes a trained token, "
         f"{format_bytes(tokens * info.bytes_per_token)} at most\n"
-        f"memory: about {format_bytes(_memory(settings, plan, ranks))}, beside the program itself; output: {settings.output}",
+        f"memory: about {format_bytes(_memory(settings, plan, ranks))}, beside the program itself\n"
+        f"output: {settings.output}",
         highlight=False,
     )
 

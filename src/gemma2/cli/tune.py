@@ -118,7 +118,7 @@ def _print_plan(settings: TuneSettings, plan: TunePlan, console: Console, ranks:
     )
     each = " in each process" if ranks.world_size > 1 else ""
     console.print(
-        f"memory: about {format_bytes(memory.total)}{each}, beside the program itself; output: {settings.output}\n",
+        f"memory: about {format_bytes(memory.total)}{each}, beside the program itself\noutput: {settings.output}\n",
         highlight=False,
     )
     encoded = plan.train.encoded(0)
