@@ -302,6 +302,7 @@ def _distill(
             loader=loader,
             validation=_validation(settings, plan, ranks),
             validation_objective=trained.around(validation_objective),
+            minimized="divergence from the teacher",
             run=run,
             num_steps=plan.num_steps,
             optimizer=settings.optimizer,

@@ -115,6 +115,7 @@ class Trainer:
         progress: is told of each step.
         fingerprint: settings that a resumed run must share, kept in each checkpoint.
         validation_objective: what validation measures; left out, `objective`.
+        minimized: name of what training minimizes, for the plot, if it is not what validation measures.
         count_units: what the summed loss of a batch is divided by; left out, its labels.
         measures_text: whether validation is in nats per token, so that it has a perplexity and bits per byte.
         metrics: what the objective reports beside its loss, for the log.
@@ -135,6 +136,7 @@ class Trainer:
         progress: Progress,
         fingerprint: dict[str, Any],
         validation_objective: Objective | None = None,
+        minimized: str | None = None,
         count_units: CountUnits = count_labels,
         measures_text: bool = True,
         metrics: MetricSums | None = None,
@@ -154,6 +156,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self.count_units = count_units
         self.measures_text = measures_text
+        self.minimized = minimized
         self.metrics = metrics
         self.ranks = ranks
         self.device = next(model.parameters()).device
@@ -313,7 +316,7 @@ class Trainer:
         )
         self._last_checkpoint = self.step
         title = f"{self.folder.name}: step {self.step}"
-        log.plot(self.folder / "loss.png", title=title, is_text=self.measures_text)
+        log.plot(self.folder / "loss.png", title=title, is_text=self.measures_text, minimized=self.minimized)
         self.progress.on_checkpoint(path)
 
     def _validate(self, validation: ValidationSet, log: RunLog | NoLog) -> ValidationResult:

@@ -52,9 +52,9 @@ class RunLog:
                 if name not in ("event", "step") and isinstance(value, int | float):
                     self._tensorboard.add_scalar(f"{values['event']}/{name}", value, values["step"])
 
-    def plot(self, path: Path, *, title: str, is_text: bool) -> None:
+    def plot(self, path: Path, *, title: str, is_text: bool, minimized: str | None) -> None:
         """Draws what was written so far; see `plot_losses`."""
-        plot_losses(self.entries, path, title=title, is_text=is_text)
+        plot_losses(self.entries, path, title=title, is_text=is_text, minimized=minimized)
 
     def close(self) -> None:
         """Writes out what TensorBoard has not been given yet."""
@@ -68,7 +68,7 @@ class NoLog:
     def write(self, **values: Any) -> None:
         """Does nothing."""
 
-    def plot(self, path: Path, *, title: str, is_text: bool) -> None:
+    def plot(self, path: Path, *, title: str, is_text: bool, minimized: str | None) -> None:
         """Does nothing."""
 
     def close(self) -> None:
@@ -90,7 +90,9 @@ def _tensorboard_writer(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
-def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str, is_text: bool = True) -> None:
+def plot_losses(
+    entries: list[dict[str, Any]], path: Path, *, title: str, is_text: bool = True, minimized: str | None = None
+) -> None:
     """Draws training and validation loss over tokens, and the learning rate below, as PNG.
 
     Args:
@@ -98,6 +100,7 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str, is_tex
         path: the file.
         title: above the picture.
         is_text: whether losses are in nats per token, and validations have bits per byte.
+        minimized: what training minimizes, if it is not what validation measures: each then has its own scale.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -106,15 +109,18 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str, is_tex
     validations = [entry for entry in entries if entry.get("event") == "validation"]
     if not steps:
         return
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    is_apart = minimized is not None and bool(validations)
+    figure = Figure(figsize=(8, 8 if is_apart else 6), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    heights = [3, 3, 1] if is_apart else [3, 1]
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    loss_axes, valid_axes, rate_axes = panels[0], panels[-2], panels[-1]
     tokens = [entry["tokens"] / 1e6 for entry in steps]
     loss_axes.plot(tokens, [entry["loss"] for entry in steps], color="#9db8d9", linewidth=0.8, label="training")
     if validations:
         of_text = is_text and "bits_per_byte" in validations[-1]
         last = f"{validations[-1]['bits_per_byte']:.3f} bits per byte" if of_text else f"{validations[-1]['loss']:.4f}"
-        loss_axes.plot(
+        valid_axes.plot(
             [entry["tokens"] / 1e6 for entry in validations],
             [entry["loss"] for entry in validations],
             color="#c0392b",
@@ -122,12 +128,17 @@ def plot_losses(entries: list[dict[str, Any]], path: Path, *, title: str, is_tex
             markersize=3,
             label=f"validation (last: {last})",
         )
-    loss_axes.set_ylabel("loss, nats per token" if is_text else "loss")
-    lowest = min(entry["loss"] for entry in steps + validations)
-    loss_axes.set_ylim(lowest - 0.2, min(lowest + 4, max(entry["loss"] for entry in steps) + 0.2))
+    unit = "nats per token" if is_text else ""
+    for axes, name in ((valid_axes, "loss"), (loss_axes, minimized or "loss")):  # one and the same, if not apart
+        axes.set_ylabel(f"{name}, {unit}" if unit else name)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    if is_apart:
+        loss_axes.set_ylim(bottom=0)
+    else:
+        lowest = min(entry["loss"] for entry in steps + validations)
+        loss_axes.set_ylim(lowest - 0.2, min(lowest + 4, max(entry["loss"] for entry in steps) + 0.2))
     loss_axes.set_title(title)
-    loss_axes.grid(alpha=0.3)
-    loss_axes.legend(frameon=False)
     rate_axes.plot(tokens, [entry["learning_rate"] for entry in steps], color="#555555", linewidth=1)
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_xlabel("million tokens")
